@@ -1,0 +1,95 @@
+"""What an eavesdropper sees, and what else it is told. The truth is in neither."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.updates import Update
+from fedsim.wire import Packets, unpack
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One client's reply as seen on its way to the server. Holds nothing that was not sent.
+
+    params        parameters broadcast to the client this round
+    packets       what the client sent (an attack may also use their support and grid)
+    num_examples  number of examples the client reports, as the protocol demands
+    round         1, 2, … as the server counts
+    client        who sent it
+    buffers       BatchNorm statistics broadcast this round; empty for a model without
+    sent_buffers  BatchNorm statistics the client sent back
+    """
+
+    params: dict[str, Tensor]
+    packets: Packets
+    num_examples: int
+    round: int = 1
+    client: int = 0
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    sent_buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def update(self) -> Update:
+        """The update as the server reads it."""
+        return unpack(self.packets)
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """The threat model, as values: what the attacker is told besides the wire. None means not told.
+
+    image_shape  (C, H, W)
+    num_classes  K
+    batch_size   images in the batch whose gradient was sent; None takes the reported number of examples
+    labels       true labels, one tensor (B,) for each observation
+    local_steps  SGD steps behind one update; FedSGD has 1
+    lr           the clients' learning rate; for FedSGD 1, since the gradient itself is sent
+    defense      the clients' defense (an attacker who knows it)
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    batch_size: int | None = None
+    labels: Sequence[Tensor] | None = None
+    local_steps: int | None = None
+    lr: float | None = None
+    defense: object | None = None
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an attack makes of one observation. Images are in [0, 1].
+
+    images     (B, C, H, W), from the start with the smallest matching loss
+    labels     (B,) int64
+    loss       its matching loss
+    converged  whether the optimisation came to rest near zero loss; a reconstruction that did not says nothing about privacy
+    starts     (R, B, C, H, W) what each of the R starts ended with, in order; R is 1 for attacks without restarts
+    losses     (R,) their matching losses; inf for a diverged start
+    evaluations  gradient evaluations spent, over all starts
+    seconds    the share of the wall time of the program it was computed in
+    """
+
+    images: Tensor
+    labels: Tensor
+    loss: float
+    converged: bool
+    starts: Tensor
+    losses: Tensor
+    evaluations: int
+    seconds: float
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """Images and labels that would explain observed updates. A sequence, so that equal shapes run as one program."""
+
+    def __call__(
+        self, seen: Sequence[Observation], known: Knowledge, model: nn.Module, rng: torch.Generator
+    ) -> list[Reconstruction]:
+        """One reconstruction for each observation, in order."""
+        ...

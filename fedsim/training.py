@@ -1,0 +1,111 @@
+"""What a client computes: the loss, its gradient, and some steps of SGD.
+
+Written functionally (parameters in, update out): the client calls it to train, and an attacker calls the same function to imitate
+the client, so sign and scale cannot drift apart. A model is any `nn.Module` whose output is logits (B, K), or a pair of logits
+and a scalar penalty that its loss adds.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedsim.updates import Update, difference
+
+Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) in [0, 1]; labels (B,) int64, or (B, K) probabilities
+
+
+def loss_of(output: Tensor | tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+    """Mean cross-entropy of logits against class indices (B,) or probabilities (B, K), plus the model's own penalty."""
+    logits, penalty = output if isinstance(output, tuple) else (output, 0.0)
+    return F.cross_entropy(logits, labels) + penalty
+
+
+def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Detached copies of a model's parameters and of its buffers (BatchNorm statistics)."""
+    params = {name: t.detach().clone() for name, t in model.named_parameters()}
+    buffers = {name: t.detach().clone() for name, t in model.named_buffers()}
+    return params, buffers
+
+
+def batch_loss(
+    model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], images: Tensor, labels: Tensor
+) -> Tensor:
+    """The loss of one batch at `params`; differentiable in all of them, and in the images."""
+    return loss_of(functional_call(model, {**params, **buffers}, (images,)), labels)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What local training leaves: the update, the new buffers, and the mean loss over its steps."""
+
+    update: Update
+    buffers: dict[str, Tensor]
+    loss: float
+
+
+def local_update(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    batches: Iterable[Batch],
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    proximal: float = 0.0,
+) -> Trained:
+    """Parameters before minus after one step of SGD for each batch.
+
+    With one batch, `lr=1` and neither momentum nor decay this is the batch gradient itself, which is what FedSGD sends.
+    `proximal` is FedProx's mu (Li et al. 2020, equation 2). The model's own mode (train or eval) decides about dropout and
+    BatchNorm; its own parameters are neither read nor written.
+    """
+    start = {name: t.detach() for name, t in params.items()}
+    buffers = {name: t.clone() for name, t in buffers.items()}  # BatchNorm writes to them
+    now = dict(start)
+    velocity: dict[str, Tensor] = {}
+    losses = []
+    for images, labels in batches:
+        leaves = {name: t.detach().requires_grad_() for name, t in now.items()}
+        loss = batch_loss(model, leaves, buffers, images, labels)
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        losses.append(loss.detach())
+        for (name, gradient), before in zip(zip(now, gradients, strict=True), start.values(), strict=True):
+            if weight_decay:
+                gradient = gradient.add(now[name], alpha=weight_decay)
+            if proximal:
+                gradient = gradient.add(now[name] - before, alpha=proximal)
+            if momentum:
+                gradient = velocity[name] = velocity.get(name, torch.zeros_like(gradient)).mul(momentum).add(gradient)
+            now[name] = now[name].detach().sub(gradient, alpha=lr)
+    if not losses:
+        raise ValueError("a local update needs at least one batch, got none")
+    return Trained(difference(start, now), buffers, float(torch.stack(losses).mean()))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    batches: Iterable[Batch],
+) -> tuple[float, float]:
+    """Accuracy in [0, 1] and mean loss over all images of `batches`, in eval mode."""
+    was_training = model.training
+    model.eval()
+    right = total = 0
+    loss = 0.0
+    for images, labels in batches:
+        output = functional_call(model, {**params, **buffers}, (images,))
+        logits = output[0] if isinstance(output, tuple) else output
+        right += int((logits.argmax(-1) == labels).sum())
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        total += len(labels)
+    model.train(was_training)
+    if not total:
+        raise ValueError("nothing to evaluate on: no images")
+    return right / total, loss / total
