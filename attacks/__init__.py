@@ -1,0 +1,21 @@
+"""Attacks: what an eavesdropper can make of the updates it sees. Choose a preset, or put one together from the parts."""
+
+from attacks.labels import analytic_labels
+from attacks.matching import GradientMatching
+from attacks.optimizers import LBFGS, Adam
+from attacks.presets import dlg, idlg, inverting_gradients
+from attacks.terms import CosineGap, OutOfRange, SquaredGap, TotalVariation
+
+__all__ = [
+    "LBFGS",
+    "Adam",
+    "CosineGap",
+    "GradientMatching",
+    "OutOfRange",
+    "SquaredGap",
+    "TotalVariation",
+    "analytic_labels",
+    "dlg",
+    "idlg",
+    "inverting_gradients",
+]

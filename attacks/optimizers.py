@@ -1,0 +1,395 @@
+"""Optimizers that minimise many functions at once: one row for each problem, and no row waits for another.
+
+A search over P problems of D unknowns is a state whose tensors all begin with P. The caller evaluates every problem at its row of
+`state.trial` (P, D) and hands losses (P,) and gradients (P, D) to `step`. For L-BFGS each such evaluation is one trial point of
+each problem's own line search, so a problem in the middle of a hard one costs the others nothing. `minimise` runs the loop: it
+keeps a fixed number of rows busy and hands the row of a finished problem to the next.
+
+States are consumed: `step` writes to the state it is given, because an L-BFGS memory is too large to copy.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+RUNNING, STALLED, DIVERGED = 0, 1, 2  # what a row's search is doing
+
+
+@dataclass
+class State:
+    """P searches at some moment; every tensor begins with P.
+
+    trial   (P, D) where the problems are to be evaluated next
+    best    (P, D) best point so far
+    loss    (P,) loss at `best`; inf before the first evaluation
+    status  (P,) RUNNING; STALLED when no step along the gradient lowers the loss; DIVERGED when there is no finite loss to return to
+    """
+
+    trial: Tensor
+    best: Tensor
+    loss: Tensor
+    status: Tensor
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these."""
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name)[rows])
+
+    def put(self, rows: Tensor, other: "State") -> None:
+        """Replace these rows by the rows of `other`."""
+        for f in fields(self):
+            getattr(self, f.name)[rows] = getattr(other, f.name)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a, b)
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b where b is positive, else 0."""
+    return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
+
+
+@dataclass
+class LBFGSState(State):
+    """point, value, gradient: the last accepted step. direction, slope, t, low, high: its line search, `low` satisfies Armijo's
+    condition and `high` does not. s, y, rho: the last pairs, newest at (pairs - 1) % history."""
+
+    point: Tensor
+    gradient: Tensor
+    direction: Tensor
+    slope: Tensor
+    t: Tensor
+    low: Tensor
+    low_value: Tensor
+    low_slope: Tensor
+    high: Tensor
+    high_value: Tensor
+    trials: Tensor
+    s: Tensor
+    y: Tensor
+    rho: Tensor
+    pairs: Tensor
+
+
+@dataclass(frozen=True)
+class LBFGS:
+    """Limited-memory BFGS with a line search for each problem (Nocedal & Wright 2006, algorithm 7.4).
+
+    The line search brackets a point that satisfies the weak Wolfe conditions (Lewis & Overton 2013); a loss that is not finite
+    counts as too high, so the search backs off instead of diverging. A direction that does not descend, or along which `trials`
+    points did not help, drops the memory and starts again from steepest descent; if that fails too, the problem has stalled.
+
+    evaluations  most evaluations of one problem
+    history      pairs remembered
+    armijo       decrease asked for, as a share of the slope's promise
+    curvature    share of the slope that may remain
+    reach        longest move of a single step, root mean square over the unknowns; None sets no limit
+    trials       points tried along one direction
+    """
+
+    evaluations: int = 2000
+    history: int = 20
+    armijo: float = 1e-4
+    curvature: float = 0.9
+    reach: float | None = None
+    trials: int = 20
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "evaluations", "history", "trials")
+        if not 0 < self.armijo < self.curvature < 1:
+            raise ValueError(f"0 < armijo < curvature < 1 must hold, got armijo={self.armijo}, curvature={self.curvature}")
+        if self.reach is not None and self.reach <= 0:
+            raise ValueError(f"reach must be positive or None, got {self.reach}")
+
+    def start(self, points: Tensor) -> LBFGSState:
+        """Searches that begin at `points` (P, D)."""
+        p, d = points.shape
+        zero, inf = points.new_zeros(p), points.new_full((p,), math.inf)
+        count = torch.zeros(p, dtype=torch.int64, device=points.device)
+        memory = points.new_zeros(p, self.history, d)
+        return LBFGSState(
+            trial=points.clone(),
+            best=points.clone(),
+            loss=inf,
+            status=count.clone(),
+            point=points.clone(),
+            gradient=torch.zeros_like(points),
+            direction=torch.zeros_like(points),
+            slope=zero.clone(),
+            t=zero.clone(),
+            low=zero.clone(),
+            low_value=zero.clone(),
+            low_slope=zero.clone(),
+            high=inf.clone(),
+            high_value=inf.clone(),
+            trials=count.clone(),
+            s=memory,
+            y=memory.clone(),
+            rho=points.new_zeros(p, self.history),
+            pairs=count.clone(),
+        )
+
+    def step(self, state: LBFGSState, loss: Tensor, gradient: Tensor) -> None:
+        """Take in the evaluation at `state.trial`, and choose the next trial points."""
+        slope = _dot(gradient, state.direction)
+        finite = loss.isfinite() & gradient.isfinite().all(1)
+        first = state.loss.isinf()
+        state.status[first & ~finite] = DIVERGED
+        loss = torch.where(finite, loss, math.inf)
+        lower = loss <= state.loss + self.armijo * state.t * state.slope
+        last = state.trials + 1 >= self.trials
+        flat = slope >= self.curvature * state.slope
+        accepted = finite & (first | lower & (flat | last))
+        self._search(state, accepted, lower & finite, loss, slope)
+        rows = accepted.nonzero().squeeze(1)
+        if len(rows):
+            self._accept(state, rows, loss[rows], gradient[rows])
+        smallest = torch.finfo(loss.dtype).eps * state.point.abs().amax(1)
+        failed = ~accepted & (last | (state.t * state.direction.abs().amax(1) <= smallest))
+        failed &= state.status == RUNNING
+        # A point that satisfied Armijo's condition is as good as accepted: go back to it.
+        again = failed & (state.low > 0)
+        state.t = torch.where(again, state.low, state.t)
+        state.trials[again] = self.trials
+        failed &= ~again
+        state.status[failed & (state.pairs == 0)] = STALLED
+        rows = (failed & (state.pairs > 0)).nonzero().squeeze(1)
+        if len(rows):
+            self._descend(state, rows)
+        state.trial = torch.addcmul(state.point, state.t[:, None], state.direction)
+
+    def _search(self, state: LBFGSState, accepted: Tensor, lower: Tensor, loss: Tensor, slope: Tensor) -> None:
+        """Narrow the bracket around the next trial, or widen it where there is none yet."""
+        too_long, too_short = ~accepted & ~lower, ~accepted & lower
+        t = state.t
+        # Before `low` moves up to t: where the secant of the two slopes says that the slope vanishes.
+        secant = t + (t - state.low) * _ratio(slope, state.low_slope - slope).neg().clamp(1, 9)
+        state.high = torch.where(too_long, t, state.high)
+        state.high_value = torch.where(too_long, loss, state.high_value)
+        state.low = torch.where(too_short, t, state.low)
+        state.low_value = torch.where(too_short, loss, state.low_value)
+        state.low_slope = torch.where(too_short, slope, state.low_slope)
+        width = state.high - state.low
+        # The parabola through low's value and slope and high's value; inside a bracket its share of the width.
+        curve = state.high_value - state.low_value - state.low_slope * width
+        share = _ratio(-state.low_slope * width, 2 * curve).nan_to_num(0.0).clamp(0.1, 0.9)
+        inside = state.low + torch.where(width.isfinite(), share * width, 0)
+        state.t = torch.where(accepted, t, torch.where(state.high.isfinite(), inside, secant))
+        state.trials += 1
+
+    def _accept(self, state: LBFGSState, rows: Tensor, loss: Tensor, gradient: Tensor) -> None:
+        """Move these rows to their trial points and choose new directions."""
+        first = state.loss[rows].isinf()
+        s, y = state.trial[rows] - state.point[rows], gradient - state.gradient[rows]
+        sy, yy = _dot(s, y), _dot(y, y)
+        # Pairs of hardly any curvature would blow up the inverse Hessian.
+        useful = ~first & (sy > 1e-10 * yy.sqrt() * _dot(s, s).sqrt())
+        at, slot = rows[useful], state.pairs[rows[useful]] % self.history
+        state.s[at, slot], state.y[at, slot], state.rho[at, slot] = s[useful], y[useful], 1 / sy[useful]
+        state.pairs[at] += 1
+        state.point[rows] = state.best[rows] = state.trial[rows]
+        state.gradient[rows], state.loss[rows] = gradient, loss
+        direction = self._direction(state, rows, gradient)
+        slope = _dot(direction, gradient)
+        size = (_dot(gradient, gradient) * _dot(direction, direction)).sqrt()
+        uphill = ~(slope < -1e-8 * size)  # also where it is not a number
+        self._begin(state, rows, direction, slope)
+        fresh = rows[uphill | (state.pairs[rows] == 0)]
+        if len(fresh):
+            self._descend(state, fresh)
+
+    def _descend(self, state: LBFGSState, rows: Tensor) -> None:
+        """Forget the pairs and go down the gradient."""
+        gradient = state.gradient[rows]
+        state.pairs[rows] = 0
+        self._begin(state, rows, -gradient, -_dot(gradient, gradient))
+        state.t[rows] = torch.minimum(state.t[rows], _ratio(torch.ones_like(state.t[rows]), gradient.abs().sum(1)))
+
+    def _begin(self, state: LBFGSState, rows: Tensor, direction: Tensor, slope: Tensor) -> None:
+        """Begin a line search along `direction`."""
+        t = torch.ones_like(slope)
+        if self.reach is not None:
+            t = torch.minimum(t, _ratio(torch.full_like(slope, self.reach * direction.shape[1] ** 0.5), direction.norm(dim=1)))
+        state.direction[rows], state.slope[rows], state.t[rows], state.trials[rows] = direction, slope, t, 0
+        state.low[rows], state.low_value[rows], state.low_slope[rows] = 0, state.loss[rows], slope
+        state.high[rows] = state.high_value[rows] = math.inf
+
+    def _direction(self, state: LBFGSState, rows: Tensor, gradient: Tensor) -> Tensor:
+        """Minus the inverse Hessian times the gradient, by the two-loop recursion."""
+        pairs = state.pairs[rows]
+        q = gradient.clone()
+        deepest = min(int(pairs.max()), self.history)
+        memory = []
+        for age in range(1, deepest + 1):  # newest first
+            slot = (pairs - age) % self.history
+            s, y = state.s[rows, slot], state.y[rows, slot]
+            rho = torch.where(pairs >= age, state.rho[rows, slot], 0)
+            alpha = rho * _dot(s, q)
+            q.addcmul_(alpha[:, None], y, value=-1)
+            memory.append((s, y, rho, alpha))
+        if memory:
+            s, y, rho, _ = memory[0]
+            scale = torch.where(pairs > 0, _ratio(_ratio(torch.ones_like(rho), rho), _dot(y, y)), 1)
+            q *= scale[:, None]
+        for s, y, rho, alpha in reversed(memory):
+            q.addcmul_((alpha - rho * _dot(y, q))[:, None], s)
+        return q.neg_()
+
+
+@dataclass
+class AdamState(State):
+    """mean, square: running moments of the gradient; steps (P,) taken so far."""
+
+    mean: Tensor
+    square: Tensor
+    steps: Tensor
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam (Kingma & Ba 2015) for each problem, its rate divided by 10 after 3/8, 5/8 and 7/8 of the evaluations if `decay`.
+
+    `signed` feeds it the gradient's signs, which makes the steps independent of the gradient's scale (Geiping et al. 2020).
+    A decayed schedule knows its end: what it reaches after N evaluations is not what a longer one has reached by then.
+    """
+
+    evaluations: int = 2000
+    rate: float = 0.1
+    signed: bool = False
+    decay: bool = True
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "evaluations")
+        if self.rate <= 0:
+            raise ValueError(f"rate must be positive, got {self.rate}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+
+    def start(self, points: Tensor) -> AdamState:
+        """Searches that begin at `points` (P, D)."""
+        p = len(points)
+        zero = torch.zeros(p, dtype=torch.int64, device=points.device)
+        return AdamState(
+            trial=points.clone(),
+            best=points.clone(),
+            loss=points.new_full((p,), math.inf),
+            status=zero,
+            mean=torch.zeros_like(points),
+            square=torch.zeros_like(points),
+            steps=zero.clone(),
+        )
+
+    def step(self, state: AdamState, loss: Tensor, gradient: Tensor) -> None:
+        """Take in the evaluation at `state.trial`, and choose the next trial points."""
+        finite = loss.isfinite() & gradient.isfinite().all(1)
+        state.status[~finite] = DIVERGED
+        better = finite & (loss < state.loss)
+        state.loss = torch.where(better, loss, state.loss)
+        state.best = torch.where(better[:, None], state.trial, state.best)
+        gradient = torch.where(finite[:, None], gradient.sign() if self.signed else gradient, 0)
+        state.steps += 1
+        first, second = self.betas
+        state.mean.lerp_(gradient, 1 - first)
+        state.square.lerp_(gradient.square(), 1 - second)
+        mean = state.mean / (1 - first ** state.steps[:, None])
+        square = state.square / (1 - second ** state.steps[:, None])
+        rate = torch.full_like(state.loss, self.rate)
+        if self.decay:
+            for eighths in (3, 5, 7):
+                rate = torch.where(state.steps * 8 > eighths * self.evaluations, rate / 10, rate)
+        state.trial = state.trial - rate[:, None] * mean / (square.sqrt() + 1e-8)
+
+
+Optimizer = LBFGS | Adam
+
+
+@dataclass(frozen=True)
+class Minima:
+    """Where the starts of V problems ended; R starts each, of which `tried` were run.
+
+    points       (V, R, D) best point of each start; the start itself where it was not run
+    losses       (V, R) its loss; inf where the start diverged or was not run
+    evaluations  (V, R) evaluations spent; 0 where the start was not run
+    status       (V, R) RUNNING where the budget ended it or the target was reached, STALLED or DIVERGED
+    tried        (V,) starts that were run
+    """
+
+    points: Tensor
+    losses: Tensor
+    evaluations: Tensor
+    status: Tensor
+    tried: Tensor
+
+
+def minimise(
+    evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    starts: Tensor,
+    optimizer: Optimizer,
+    *,
+    target: Tensor,
+    chunk: int,
+    project: Callable[[Tensor], Tensor] | None = None,
+    report: Callable[[int, int], None] | None = None,
+) -> Minima:
+    """Minimise V functions from up to R starts each, `chunk` searches at a time.
+
+    evaluate  (points (P, D), problems (P,)) -> losses (P,), gradients (P, D), for P <= chunk; `problems` lie in 0..V-1
+    starts    (V, R, D); a problem's next start is only run when the ones before ended above its target
+    target    (V,) loss at which a search ends
+    project   applied to the points before they are evaluated, such as a clamp
+    report    called with (problems finished, V) as they finish
+    """
+    v, r, d = starts.shape
+    flat, device = starts.reshape(v * r, d), starts.device
+    points, losses = flat.clone(), flat.new_full((v * r,), math.inf)
+    evaluations = torch.zeros(v * r, dtype=torch.int64, device=device)
+    status, tried = evaluations.clone(), torch.zeros(v, dtype=torch.int64, device=device)
+    project = project or (lambda x: x)
+
+    waiting = deque(range(0, v * r, r))
+    owner = torch.tensor([waiting.popleft() for _ in range(min(chunk, v))], dtype=torch.int64, device=device)
+    spent = torch.zeros_like(owner)
+    state, finished = optimizer.start(project(flat[owner])), 0
+    while len(owner):
+        optimizer.step(state, *evaluate(state.trial, owner // r))  # type: ignore[arg-type]
+        state.trial = project(state.trial)
+        spent += 1
+        reached = state.loss <= target[owner // r]
+        over = (reached | (state.status != RUNNING) | (spent >= optimizer.evaluations)).nonzero().squeeze(1)
+        if not len(over):
+            continue
+        ended = owner[over]
+        points[ended], status[ended], evaluations[ended] = state.best[over], state.status[over], spent[over]
+        losses[ended] = torch.where(state.status[over] == DIVERGED, math.inf, state.loss[over])
+        tried[ended // r] += 1
+        for start, success in zip(ended.tolist(), reached[over].tolist(), strict=True):
+            if success or (start + 1) % r == 0:
+                finished += 1
+            else:
+                waiting.append(start + 1)
+        if report:
+            report(finished, v)
+        again = over[: len(waiting)]
+        if len(again):
+            owner[again] = torch.tensor([waiting.popleft() for _ in range(len(again))], device=device)
+            spent[again] = 0
+            state.put(again, optimizer.start(project(flat[owner[again]])))
+        if len(again) < len(over):
+            rest = torch.ones(len(owner), dtype=torch.bool, device=device).index_fill(0, over[len(again) :], False)
+            rows = rest.nonzero().squeeze(1)
+            owner, spent = owner[rows], spent[rows]
+            state.keep(rows)
+    shape = (v, r)
+    return Minima(points.reshape(v, r, d), losses.reshape(shape), evaluations.reshape(shape), status.reshape(shape), tried)
+
+
+def _at_least_one(settings: object, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be >= 1, got {getattr(settings, name)}")

@@ -1,0 +1,102 @@
+"""What gradient matching minimises: the gap between two updates, and what is known of images.
+
+Everything is per problem: gradients are dicts of tensors (P, ...), images are (P, B, C, H, W), results are (P,).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Gradients = Mapping[str, Tensor]
+
+
+def _per_problem(t: Tensor) -> Tensor:
+    return t.flatten(1).sum(1)
+
+
+def squared_norm(gradients: Gradients) -> Tensor:
+    """Squared l2 norm over all tensors together, (P,)."""
+    return torch.stack([_per_problem(t.square()) for t in gradients.values()]).sum(0)
+
+
+class Gap(Protocol):
+    """How far the gradients of a candidate are from the observed ones."""
+
+    scale_free: bool  # whether a factor in front of the observed update changes nothing
+
+    def __call__(self, candidate: Gradients, observed: Gradients) -> Tensor:
+        """The gap, (P,); differentiable."""
+        ...
+
+    def unit(self, observed: Gradients) -> Tensor:
+        """The gap of a candidate that explains nothing, (P,): what "small" is measured against."""
+        ...
+
+
+@dataclass(frozen=True)
+class SquaredGap:
+    """Sum of squared differences over all entries (Zhu et al. 2019). Converges exactly; minds every factor in the update."""
+
+    scale_free = False
+
+    def __call__(self, candidate: Gradients, observed: Gradients) -> Tensor:
+        return torch.stack([_per_problem((candidate[name] - t).square()) for name, t in observed.items()]).sum(0)
+
+    def unit(self, observed: Gradients) -> Tensor:
+        return squared_norm(observed)
+
+
+@dataclass(frozen=True)
+class CosineGap:
+    """1 - cosine similarity over all entries (Geiping et al. 2020). Blind to learning rate, number of steps and clipping."""
+
+    scale_free = True
+
+    def __call__(self, candidate: Gradients, observed: Gradients) -> Tensor:
+        inner = torch.stack([_per_problem(candidate[name] * t) for name, t in observed.items()]).sum(0)
+        ours = squared_norm({name: candidate[name] for name in observed})
+        return 1 - inner / (ours * squared_norm(observed)).clamp(min=torch.finfo(inner.dtype).tiny).sqrt()
+
+    def unit(self, observed: Gradients) -> Tensor:
+        return torch.ones_like(squared_norm(observed))
+
+
+class Prior(Protocol):
+    """A penalty for images that are unlike photographs."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The penalty, (P,), of images (P, B, C, H, W); differentiable."""
+        ...
+
+
+@dataclass(frozen=True)
+class TotalVariation:
+    """`weight` times the mean absolute difference of neighbouring pixels, across plus down."""
+
+    weight: float
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"a prior's weight must be >= 0, got {self.weight}")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        down = (images[..., 1:, :] - images[..., :-1, :]).abs().flatten(1).mean(1)
+        across = (images[..., 1:] - images[..., :-1]).abs().flatten(1).mean(1)
+        return self.weight * (down + across)
+
+
+@dataclass(frozen=True)
+class OutOfRange:
+    """`weight` times the sum of squares by which pixels leave [0, 1]: zero for every image, so it moves no solution."""
+
+    weight: float
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"a prior's weight must be >= 0, got {self.weight}")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.weight * _per_problem((images - images.clamp(0, 1)).square())

@@ -1,0 +1,76 @@
+"""Defenses that are made of other defenses, and the one that does nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedsim.defense import Defense, State
+from fedsim.updates import Update
+from fedsim.wire import Packets, pack, unpack
+
+
+@dataclass(frozen=True)
+class NoDefense:
+    """Sends the update as it is, 4 bytes an entry."""
+
+    def init(self, like: Update) -> State:
+        return {}
+
+    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
+        return packets, state
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Applies `parts` one after the other, first to last."""
+
+    parts: tuple[Defense, ...]
+
+    def __init__(self, parts: Sequence[Defense]) -> None:
+        if not parts:
+            raise ValueError("a chain needs at least one defense, got none; for no defense use NoDefense()")
+        for part in parts:
+            if not isinstance(part, Defense):
+                raise TypeError(f"a chain is made of defenses, got {part!r}")
+        object.__setattr__(self, "parts", tuple(parts))
+
+    def init(self, like: Update) -> State:
+        return {f"{i}/{key}": t for i, part in enumerate(self.parts) for key, t in part.init(like).items()}
+
+    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
+        after: State = {}
+        for i, part in enumerate(self.parts):
+            packets, new = part(packets, _within(f"{i}/", state), rng)
+            after |= {f"{i}/{key}": t for key, t in new.items()}
+        return packets, after
+
+
+@dataclass(frozen=True)
+class ErrorFeedback:
+    """Adds to each update what `inner` dropped from the earlier ones (Seide et al. 2014; Karimireddy et al. 2019, algorithm 2).
+
+    Nothing is lost for good: what was sent plus what is remembered is the sum of all updates. The memory is one dense update for
+    each client. What a round reveals is then a mixture of this round's data and earlier ones'.
+    """
+
+    inner: Defense
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Defense):
+            raise TypeError(f"error feedback wraps a defense, got {self.inner!r}")
+
+    def init(self, like: Update) -> State:
+        memory = {f"residual/{name}": torch.zeros_like(t) for name, t in like.items()}
+        return memory | {f"inner/{key}": t for key, t in self.inner.init(like).items()}
+
+    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
+        residual = _within("residual/", state)
+        wanted = {name: t + residual[name] for name, t in unpack(packets).items()}
+        sent, inner = self.inner(pack(wanted), _within("inner/", state), rng)
+        dropped = {f"residual/{name}": wanted[name] - t for name, t in unpack(sent).items()}
+        return sent, dropped | {f"inner/{key}": t for key, t in inner.items()}
+
+
+def _within(prefix: str, state: State) -> State:
+    return {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}

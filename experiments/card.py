@@ -1,0 +1,71 @@
+"""The threat-model card: who sees what, and which conditions of this run make its attack weak or hopeless."""
+
+from typing import Any
+
+from torch import nn
+
+from fedsim.protocols import FedAvg, FedSGD
+from fedsim.setup import Setup
+from fedsim.tap import Tap
+
+GRADIENT_MATCHING_BATCH = 8  # Zhu et al. 2019 stop here; beyond it one gradient has too many explanations
+
+
+def card(setup: Setup, tap: Tap, attack: str, defense: str) -> list[tuple[str, str]]:
+    """Lines (what, what the eavesdropper on the server knows of it)."""
+    protocol, model = setup.protocol, setup.model()
+    steps = _steps(setup)
+    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    one_gradient = isinstance(protocol, FedSGD)
+    return [
+        ("attacker", "honest but curious: reads the wire, changes nothing, is not told the defense"),
+        ("weights", "seen: those broadcast each round"),
+        ("update", f"seen, as the defense ({defense}) left it: " + ("the gradient of one batch" if one_gradient else "weights moved")),
+        ("labels", "not told"),
+        ("batch size", f"told: {protocol.batch_size}" + ("" if one_gradient else f" a step, out of {len(setup.shards[0])} images")),
+        ("local steps", f"told: {steps}"),
+        ("learning rate", "not needed: the gradient itself is sent" if one_gradient else f"told: {protocol.lr:g}"),
+        ("BatchNorm", "running statistics seen, those of the batch not" if batch_norm else "none in this model"),
+        ("taps", _taps(tap)),
+        ("attack", attack),
+    ]
+
+
+def obstacles(setup: Setup, attack: str) -> list[tuple[str, str]]:
+    """Conditions (`weak` or `hopeless`, why) under which gradient matching fails with no defense at all."""
+    protocol = setup.protocol
+    found = []
+    steps = _steps(setup)
+    if steps > 1:
+        grade = "hopeless" if steps > 5 else "weak"
+        found.append((grade, f"{steps} local steps: {attack} explains one gradient; federation=fedsgd, or federation.steps=1, shows it"))
+    if isinstance(protocol, FedAvg) and protocol.momentum and steps > 1:
+        found.append(("weak", f"local momentum {protocol.momentum:g}: later steps repeat earlier gradients; federation.momentum=0"))
+    if isinstance(protocol, FedAvg) and protocol.weight_decay:
+        found.append(("weak", "weight decay adds the weights to the gradient; federation.weight_decay=0"))
+    batch = min(protocol.batch_size, max(map(len, setup.shards)))
+    if batch > GRADIENT_MATCHING_BATCH:
+        found.append(("hopeless", f"batches of {batch} images share one gradient; federation.batch_size=1"))
+    elif batch > 1:
+        found.append(("weak", f"batches of {batch} images share one gradient; federation.batch_size=1"))
+    modules = list(setup.model().modules())
+    if protocol.train_mode:
+        if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in modules):
+            found.append(("hopeless", "dropout: the attacker does not know which units were dropped; model.dropout=0"))
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
+            found.append(("weak", "BatchNorm in training mode normalises by the unseen batch; federation.train_mode=false"))
+    if attack in ("dlg", "idlg") and any(isinstance(m, nn.ReLU) for m in modules):
+        found.append(("weak", "ReLU's second derivative is zero, so L-BFGS sees little; model.activation=sigmoid, or inverting_gradients"))
+    return found
+
+
+def _steps(setup: Setup) -> int:
+    return max(len(setup.protocol.batches(shard, setup.seed, 1, i)) for i, shard in enumerate(setup.shards[:10]))
+
+
+def _taps(tap: Tap) -> str:
+    every = [f"every {tap.every} rounds"] if tap.every else []
+    named = ["all rounds"] if tap.rounds == "all" else [f"rounds {', '.join(map(str, tap.rounds))}"] if tap.rounds else []
+    whom: Any = tap.clients
+    who = "all clients" if whom == "all" else f"{whom} clients at random" if isinstance(whom, int) else f"clients {list(whom)}"
+    return f"{' and '.join(named + every) or 'none'}, {who}"

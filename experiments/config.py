@@ -1,0 +1,155 @@
+"""Configurations: composed by Hydra from `experiments/conf`, checked before any work starts.
+
+A choice is a YAML file in a group's folder; its first line says what it is, the rest names a class under `_target_` and its settings.
+A bad choice, setting or value is a `ConfigError`: one line that names it, the choices, and the nearest.
+"""
+
+import functools
+import inspect
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedsim.checks import nearest
+
+CONF = Path(__file__).parent / "conf"
+GROUPS = ("data", "partition", "model", "model/init", "federation", "strategy", "defense", "attack", "engine")
+
+Config = dict[str, Any]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is one line."""
+
+
+def choices(group: str) -> dict[str, str]:
+    """Names of a group's choices, and the first line of each file: what it is."""
+    found = {}
+    for path in sorted((CONF / group).glob("*.yaml")):
+        found[path.stem] = path.read_text().splitlines()[0].lstrip("# ").strip()
+    return found
+
+
+def compose(overrides: Sequence[str], config_name: str = "config") -> Config:
+    """The resolved configuration of `key=value` overrides, as a plain dict, with the names chosen under `choices`."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    chosen = _check_choices(overrides)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            known = hydra_compose(config_name, [o for o in overrides if _key(o) in GROUPS])
+            for override in overrides:
+                _check_key(override, OmegaConf.to_container(known))
+            composed = hydra_compose(config_name, list(overrides), return_hydra_config=True)
+            named = OmegaConf.to_container(composed.hydra.runtime.choices)
+            del composed.hydra
+            config = OmegaConf.to_container(composed, resolve=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(" ".join(str(error).split())) from None
+    config["choices"] = {group: named.get(group, chosen.get(group)) for group in GROUPS if "/" not in group}
+    return config
+
+
+def sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """The product of all `key=a,b,c` overrides, one list of overrides for each run; `key=[a,b]` is one value, a list."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        (runs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    except HydraException as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    return [list(run) for run in runs]
+
+
+def _key(override: str) -> str:
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def _check_choices(overrides: Sequence[str]) -> dict[str, str]:
+    chosen = {}
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override!r} is not a setting: settings are key=value, such as defense=topk or rounds=50")
+        key, value = override.split("=", 1)
+        if _key(override) not in GROUPS:
+            continue
+        names = choices(_key(override))
+        if "," in value:
+            raise ConfigError(f"{override!r} names several choices: add -m to run them all and compare")
+        if value not in names:
+            raise ConfigError(f"unknown {key} {value!r}: {nearest(value, names)}choices: {', '.join(names)}")
+        chosen[key] = value
+    return chosen
+
+
+def _check_key(override: str, config: Any) -> None:
+    key = _key(override)
+    if key in GROUPS or override.startswith(("+", "~")):
+        return
+    node, walked = config, []
+    for part in key.split("."):
+        entries = {str(i): v for i, v in enumerate(node)} if isinstance(node, list) else node
+        if not isinstance(entries, dict) or part not in entries:
+            where = ".".join(walked) or "the configuration"
+            keys = [k for k in entries if not k.startswith("_")] if isinstance(entries, dict) else []
+            known = f"{nearest(part, keys)}{where} has {', '.join(keys)}" if keys else f"{where} has no settings"
+            raise ConfigError(f"unknown setting {key!r}: {known}")
+        walked.append(part)
+        node = entries[part]
+
+
+def build_checked(group: str, node: Config) -> Any:
+    """What `fedsim.setup.build` makes of a node, with errors told as a user of the command line would want them."""
+    from hydra.errors import HydraException
+    from hydra.utils import get_class, get_method
+
+    from fedsim.setup import build
+
+    try:
+        return build(node)
+    except HydraException as error:
+        cause = error.__cause__ or error
+        message = str(cause)
+    except (ValueError, TypeError) as error:
+        message = str(error)
+    if "unexpected keyword argument" in message:
+        try:
+            target = get_class(node["_target_"])
+        except Exception:
+            target = get_method(node["_target_"])
+        names = [name for name in inspect.signature(target).parameters if name != "self"]
+        wrong = message.rsplit("'", 2)[1]
+        message = f"unknown setting {wrong!r}: {nearest(wrong, names)}{node['_target_']} has {', '.join(names)}"
+    raise ConfigError(f"{group}: {' '.join(message.split())}")
+
+
+def label(config: Config, group: str = "defense") -> str:
+    """A short name of a choice with the settings that matter: `topk ratio=0.1`."""
+    return _label(config["choices"][group], repr(config[group]))
+
+
+@functools.lru_cache
+def _label(name: str, text: str) -> str:
+    import ast
+
+    def settings(node: Any) -> list[str]:
+        if isinstance(node, list):
+            return list(itertools.chain.from_iterable(settings(item) for item in node))
+        found = []
+        for key, value in node.items():
+            if isinstance(value, dict | list):
+                found += settings(value)
+            elif key != "_target_" and value is not None:
+                found.append(f"{key}={value}")
+        return found
+
+    node = ast.literal_eval(text)
+    return " ".join([name, *settings(node)])

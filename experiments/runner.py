@@ -1,0 +1,197 @@
+"""Runs: a configuration becomes a folder, round by round, and an interrupted folder goes on where it stopped."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments import scoring
+from experiments.card import card, obstacles
+from experiments.config import Config, build_checked, label
+from experiments.progress import Progress, console
+from fedsim import federation
+from fedsim.data import check
+from fedsim.federation import Checkpoint, Round
+from fedsim.observation import Observation
+from fedsim.run import RunFolder
+from fedsim.seeding import generator
+from fedsim.setup import Setup, device_of, setup_of
+from fedsim.tap import Tap
+
+
+def check_config(config: Config) -> None:
+    """Raises ConfigError or ValueError for anything in `config` that cannot be run, before anything slow is started."""
+    from fedsim.checks import whole
+
+    whole("rounds", config["rounds"])
+    whole("seed", config["seed"], 0)
+    device_of(config["device"])
+    for group in ("federation", "partition", "defense", "engine", "tap", "evaluate"):
+        build_checked(group, config[group])
+    if attack_of(config) is None and config["choices"]["attack"] != "none":
+        raise ValueError(f"attack {config['choices']['attack']!r} names no _target_")
+    data = config["data"]
+    check(data["name"], data["root"], download=data.get("download", False))
+
+
+def attack_of(config: Config) -> Any:
+    """The attack of a configuration, or None for attack=none."""
+    return build_checked("attack", config["attack"]) if config["attack"] else None
+
+
+def start(config: Config, path: Path, command: str) -> RunFolder:
+    """Runs `config` in a new folder at `path`."""
+    setup = setup_of(config)
+    folder = RunFolder.create(path, config, environment(setup, command))
+    folder.save_partition(setup.shards)
+    _go(setup, folder, None)
+    return folder
+
+
+def resume(folder: RunFolder) -> RunFolder:
+    """Goes on with an interrupted run from its last finished round; does nothing to one that is finished."""
+    setup = setup_of(folder.config)
+    checkpoint = folder.checkpoint()
+    folder.rewind(-1 if checkpoint is None else checkpoint.round)
+    _go(setup, folder, checkpoint)
+    return folder
+
+
+def finished(folder: RunFolder) -> bool:
+    """Whether all rounds of a run are done, and all its attacks."""
+    checkpoint = folder.checkpoint()
+    return checkpoint is not None and checkpoint.round >= folder.config["rounds"] and not _unattacked(folder)
+
+
+def _unattacked(folder: RunFolder) -> list[int]:
+    """Observed rounds that the run's own attack has not been to yet."""
+    config = folder.config
+    if not config["attack"] or config["tap"]["when"] == "later":
+        return []
+    leaks = folder.leaks()
+    done = set(leaks.loc[leaks["attack"] == config["choices"]["attack"], "round"]) if len(leaks) else set()
+    return [round for round in folder.observed_rounds() if round not in done]
+
+
+def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
+    config = folder.config
+    tap: Tap = build_checked("tap", config["tap"])
+    attack, name = attack_of(config), config["choices"]["attack"]
+    show_card(setup, config)
+    done = 0 if checkpoint is None else checkpoint.round
+    with _logged(folder.path / "log.txt"), Progress(config["rounds"], done) as progress:
+
+        def listen(seen: list[Observation]) -> None:
+            folder.save_observations(seen)
+            if tap.when == "live" and attack is not None:
+                progress.leaks(_attack(setup, folder, attack, name, seen, progress))
+
+        def after(report: Round, state: Checkpoint) -> None:
+            folder.add("rounds", [dataclasses.asdict(report)])
+            folder.save_checkpoint(state)
+            progress.round(report)
+
+        if checkpoint is None or checkpoint.round < config["rounds"]:
+            federation.run(
+                setup,
+                build_checked("engine", config["engine"]),
+                rounds=config["rounds"],
+                choose=lambda round, clients: tap.choose(setup.seed, round, clients),
+                listen=listen,
+                finished=after,
+                start=checkpoint,
+                evaluation=build_checked("evaluate", config["evaluate"]),
+                memory=folder.path / "clients",
+            )
+        if attack is not None and (rounds := _unattacked(folder)):
+            seen = [one for round in rounds for one in folder.observations(round)]
+            progress.leaks(_attack(setup, folder, attack, name, seen, progress))
+    console.print(f"  {progress.leak()}; {folder.path}")
+
+
+def attack_again(folder: RunFolder, attack: Any, name: str) -> None:
+    """Attacks everything a run has captured, as one program, and adds what leaked to its table."""
+    setup = setup_of(folder.config)
+    seen = [one for round in folder.observed_rounds() for one in folder.observations(round)]
+    if not seen:
+        raise ValueError(f"{folder.path} has captured nothing to attack: run it with tap.every=5 or tap.rounds=[1]")
+    with _logged(folder.path / "log.txt"), Progress(folder.config["rounds"]) as progress:
+        progress.leaks(_attack(setup, folder, attack, name, seen, progress))
+    console.print(f"  {name}: {progress.leak()}; {folder.path}")
+
+
+def _attack(
+    setup: Setup, folder: RunFolder, attack: Any, name: str, seen: Sequence[Observation], progress: Progress
+) -> list[str]:
+    began = time.perf_counter()
+    found = scoring.attacked(setup, attack, seen, generator(setup.seed, "attack"), progress.attacking)
+    rows = scoring.leaks(setup, name, seen, found)
+    for round in sorted({one.round for one in seen}):
+        pairs = [(one, made) for one, made in zip(seen, found, strict=True) if one.round == round]
+        folder.save_reconstructions(name, [one for one, _ in pairs], [made for _, made in pairs])
+    folder.add("leaks", rows)
+    logging.getLogger("fedsim").info("%s on %d victims: %.1f s", name, len(seen), time.perf_counter() - began)
+    return [row["verdict"] for row in rows]
+
+
+def show_card(setup: Setup, config: Config) -> None:
+    """Prints the threat-model card."""
+    tap = build_checked("tap", config["tap"])
+    attack = config["choices"]["attack"]
+    console.print(f"[bold]{label(config)}[/] on {setup.dataset.name}, {config['choices']['model']}, seed {setup.seed}")
+    for what, known in card(setup, tap, attack, label(config)):
+        console.print(f"  {what:14s} {known}", style="dim")
+    if attack != "none":
+        for grade, why in obstacles(setup, attack):
+            console.print(f"  {grade + ' attack':16s} {why}", style="yellow")
+
+
+def environment(setup: Setup, command: str) -> dict[str, Any]:
+    """What a result depends on besides its configuration."""
+    packages = {}
+    for package in ("fedsim", "torch", "torchvision", "flwr", "flwr-datasets", "numpy", "pandas", "ray"):
+        with contextlib.suppress(PackageNotFoundError):
+            packages[package] = version(package)
+    device = str(setup.device)
+    return {
+        "command": command,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": sys.version.split()[0],
+        "packages": packages,
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "device": device,
+        "gpu": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+    }
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Sends what Flower and fedsim log to the run's log; only errors reach the terminal."""
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    loggers = [logging.getLogger("flwr"), logging.getLogger("fedsim")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        for console_handler in logger.handlers:
+            console_handler.setLevel(logging.ERROR)
+        logger.handlers = [*logger.handlers, handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.level, logger.propagate = handlers, level, propagate
+        handler.close()

@@ -1,0 +1,104 @@
+"""How much of the truth an attack found. Here, and only here, what was stolen meets what was stolen from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from attacks import metrics
+from fedsim.observation import Knowledge, Observation, Reconstruction
+from fedsim.protocols import FedSGD
+from fedsim.setup import Setup, model_of
+from fedsim.updates import relative_error
+
+STOLEN_MSE = 0.03  # the bar of Zhu et al. 2019; a card of the image's mean colour passes it on a third of CIFAR-10, so see the baselines
+
+
+def knowledge(setup: Setup) -> Knowledge:
+    """What an honest but curious server is told: the shapes, and the learning rate and number of steps that it ordered itself."""
+    protocol = setup.protocol
+    if isinstance(protocol, FedSGD):
+        steps, lr, batch = 1, 1.0, None
+    else:
+        shard = setup.shards[0]
+        steps = len(protocol.batches(shard, setup.seed, 1, 0))
+        lr, batch = protocol.lr, min(protocol.batch_size, len(shard))
+    return Knowledge(
+        image_shape=setup.dataset.image_shape,
+        num_classes=setup.dataset.num_classes,
+        batch_size=batch,
+        local_steps=steps,
+        lr=lr,
+    )
+
+
+def leaks(
+    setup: Setup, attack: str, seen: Sequence[Observation], found: Sequence[Reconstruction]
+) -> list[dict[str, Any]]:
+    """One row for each image that was attacked, with the trivial baselines beside it."""
+    return [row for one, made in zip(seen, found, strict=True) for row in _rows(setup, attack, one, made)]
+
+
+def verdict(mse: float, converged: bool) -> str:
+    """`stolen`, `not stolen`, or `not converged`: a search that did not come to its end says nothing about protection."""
+    if mse < STOLEN_MSE:
+        return "stolen"
+    return "not stolen" if converged else "not converged"
+
+
+def true_update_error(setup: Setup, seen: Observation) -> tuple[float, float]:
+    """Relative error of what was sent against the client's true update: over all layers, and in the first."""
+    index = setup.protocol.batches(setup.shards[seen.client], setup.seed, seen.round, seen.client)
+    params = {name: t.to(setup.device) for name, t in seen.params.items()}
+    buffers = {name: t.to(setup.device) for name, t in seen.buffers.items()}
+    true = setup.protocol.train(model_of(setup), params, buffers, (setup.batch(i) for i in index)).update
+    sent = {name: t.to(setup.device) for name, t in seen.update.items()}
+    first = next(iter(true))
+    return relative_error(sent, true), relative_error({first: sent[first]}, {first: true[first]})
+
+
+def _rows(setup: Setup, attack: str, seen: Observation, made: Reconstruction) -> list[dict[str, Any]]:
+    truth, labels = (t.cpu() for t in setup.truth(seen.round, seen.client))
+    images, guessed = made.images.cpu(), made.labels.cpu()
+    places = metrics.align(images, truth)
+    truth, labels = truth[places], labels[places]
+    scores = {"mse": metrics.mse(images, truth), "psnr_db": metrics.psnr_db(images, truth), "ssim": metrics.ssim(images, truth)}
+    first = made.starts[0].cpu()
+    first_truth = truth if len(made.starts) == 1 else setup.truth(seen.round, seen.client)[0].cpu()
+    first_mse = metrics.mse(first, first_truth[metrics.align(first, first_truth)] if len(made.starts) > 1 else first_truth)
+    trivial = metrics.baselines(truth, setup.dataset.mean_image)
+    whole, layer = true_update_error(setup, seen)
+    return [
+        {
+            "attack": attack,
+            "attacker": "naive",  # it does not know the defense
+            "round": seen.round,
+            "client": seen.client,
+            "image": i,
+            "verdict": verdict(float(scores["mse"][i]), made.converged),
+            **{name: float(values[i]) for name, values in scores.items()},
+            "label": int(labels[i]),
+            "label_found": int(guessed[i]),
+            "label_right": bool(labels[i] == guessed[i]),
+            "loss": made.loss,
+            "converged": made.converged,
+            "starts": len(made.starts),
+            "first_start_mse": float(first_mse[i]),
+            "evaluations": made.evaluations,
+            "seconds": made.seconds,
+            **{f"{name}_{score}": float(values[i]) for name, both in trivial.items() for score, values in both.items()},
+            "update_error": whole,
+            "first_layer_error": layer,
+        }
+        for i in range(len(images))
+    ]
+
+
+def attacked(
+    setup: Setup, attack: Any, seen: Sequence[Observation], rng: torch.Generator, report: Any = None
+) -> list[Reconstruction]:
+    """What `attack` makes of what was seen, on the run's device."""
+    from fedsim.run import on_device
+
+    model = setup.model()
+    return attack([on_device(one, setup.device) for one in seen], knowledge(setup), model, rng, report=report)

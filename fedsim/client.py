@@ -1,0 +1,116 @@
+"""The client: batch → local update → defense → reply. It knows nothing of eavesdroppers."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fedsim.defense import State
+from fedsim.files import write_with
+from fedsim.records import ARRAYS, CONFIG, METRICS, SENDER, reply_of, tensors_of
+from fedsim.seeding import generator, seed_of
+from fedsim.setup import Config, Setup, model_of, one_thread, setup_of
+from fedsim.training import evaluate
+from fedsim.updates import Update
+from fedsim.wire import pack
+
+
+def client_app(config: Config, memory: str | None = None) -> ClientApp:
+    """The Flower ClientApp of a run. `memory` is a folder for the states of defenses that have any."""
+    app = ClientApp()
+
+    @app.query()
+    def hello(message: Message, context: Context) -> Message:
+        return Message(RecordDict({SENDER: ConfigRecord({"client": _client(context)})}), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        one_thread()
+        setup, client = setup_of(config), _client(context)
+        order = message.content.config_records[CONFIG]
+        round = int(order["server-round"])  # type: ignore[arg-type]
+        model = model_of(setup)
+        tensors = tensors_of(message.content.array_records[ARRAYS], setup.device)
+        params = {name: tensors[name] for name, _ in model.named_parameters()}
+        buffers = {name: tensors[name] for name, _ in model.named_buffers()}
+        index = setup.protocol.batches(setup.shards[client], setup.seed, round, client)
+        with _dropout_seeded(model, seed_of(setup.seed, "dropout", round, client)):
+            trained = setup.protocol.train(
+                model, params, buffers, (setup.batch(i) for i in index), proximal=float(order.get("proximal-mu", 0.0))  # type: ignore[arg-type]
+            )
+        packets, state = setup.defense(
+            pack(trained.update),
+            _recall(memory, client, round, setup, trained.update),
+            generator(setup.seed, "defense", round, client),
+        )
+        _remember(memory, client, round, state)
+        examples = len(torch.cat(index).unique())
+        return Message(reply_of(packets, trained.buffers, examples, trained.loss, client), reply_to=message)
+
+    @app.evaluate()
+    def evaluate_on_shard(message: Message, context: Context) -> Message:
+        one_thread()
+        setup, client = setup_of(config), _client(context)
+        tensors = tensors_of(message.content.array_records[ARRAYS], setup.device)
+        shard = setup.shards[client]
+        accuracy, loss = evaluate(model_of(setup), tensors, {}, (setup.batch(i) for i in shard.split(500)))
+        metrics = MetricRecord({"num-examples": len(shard), "accuracy": accuracy, "loss": loss})
+        return Message(RecordDict({METRICS: metrics}), reply_to=message)
+
+    return app
+
+
+def _client(context: Context) -> int:
+    return int(context.node_config["partition-id"])
+
+
+# A defense's memory is the client's own and lives on the client's own disk, one file for each round it took part in. Two are kept:
+# the newest, and the one before it, which is the right one again if the run is resumed from the round before.
+
+
+def _state_files(memory: str, client: int) -> list[Path]:
+    return sorted(Path(memory, f"client_{client:05d}").glob("round_*.safetensors"))
+
+
+def _recall(memory: str | None, client: int, round: int, setup: Setup, like: Update) -> State:
+    fresh = setup.defense.init(like)
+    if not fresh:
+        return fresh
+    if memory is None:
+        raise ValueError(f"{setup.defense!r} has a memory, but the client was given no folder to keep it in")
+    earlier = [path for path in _state_files(memory, client) if _round(path) < round]
+    return load_file(earlier[-1], device=str(setup.device)) if earlier else fresh
+
+
+def _remember(memory: str | None, client: int, round: int, state: State) -> None:
+    if not state or memory is None:
+        return
+    path = Path(memory, f"client_{client:05d}", f"round_{round:06d}.safetensors")
+    write_with(path, lambda name: save_file({key: t.contiguous() for key, t in state.items()}, name))
+    before = [old for old in _state_files(memory, client) if _round(old) < round]
+    for old in before[:-1]:
+        old.unlink()
+
+
+def _round(path: Path) -> int:
+    return int(path.stem.removeprefix("round_"))
+
+
+_global_rng = threading.Lock()
+
+
+@contextlib.contextmanager
+def _dropout_seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Dropout draws from torch's global stream, which threads share: clients of such a model train one at a time, seeded."""
+    if not model.training or not any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
+        yield
+        return
+    with _global_rng, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

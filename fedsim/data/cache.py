@@ -1,0 +1,73 @@
+"""Decoded datasets on disk, so that images are decoded once.
+
+One safetensors file for each source: never a pickle, so a cache cannot run code. The file is named by a key that its maker
+derives from what it was made of; it carries a checksum, and one that does not read back whole is treated as absent.
+"""
+
+import json
+import os
+import tempfile
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedsim.data.images import Dataset, Images
+
+
+def folder() -> Path:
+    """Where decoded datasets are kept: $FEDSIM_CACHE, or ~/.cache/fedsim."""
+    return Path(os.environ.get("FEDSIM_CACHE") or Path.home() / ".cache" / "fedsim")
+
+
+def path_of(name: str, key: str) -> Path:
+    """The cache file of the dataset `name` made from what `key` stands for."""
+    return folder() / f"{name}-{key[:16]}.safetensors"
+
+
+def read(path: Path) -> Dataset | None:
+    """The dataset in `path`; None when there is none or it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["fedsim"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if about["checksum"] != _checksum(tensors):
+            return None
+        train, test = (Images(tensors[f"{split}.pixels"], tensors[f"{split}.labels"]) for split in ("train", "test"))
+        return Dataset(about["name"], train, test, tuple(about["classes"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def write(path: Path, dataset: Dataset) -> None:
+    """Keeps `dataset` in `path`, whole or not at all. A cache that cannot be written is no error: the next run decodes again."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{split}.{field}": getattr(images, field).contiguous()
+        for split, images in (("train", dataset.train), ("test", dataset.test))
+        for field in ("pixels", "labels")
+    }
+    about = {"name": dataset.name, "classes": dataset.classes, "checksum": _checksum(tensors)}
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+        os.close(handle)
+        save_file(tensors, temporary, metadata={"fedsim": json.dumps(about)})
+        os.replace(temporary, path)
+    except Exception as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+
+
+def _checksum(tensors: dict[str, Tensor]) -> int:
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy(), total)
+    return total

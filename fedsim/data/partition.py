@@ -1,0 +1,145 @@
+"""Who holds which images: flwr-datasets' partitioners, asked for places in the training set instead of copies of it.
+
+A partition is called with the labels (N,) of the training set and returns one ascending int64 tensor of places for each client;
+no place is given twice. The images are shuffled by our own seed first, so that which image of a class a client holds depends on
+the seed and not on the order of a file. No global random state is read or changed.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.data.names import one_of
+from fedsim.seeding import generator, seed_of
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
+
+
+class Partition(Protocol):
+    """A rule that deals a training set out to clients."""
+
+    def __call__(self, labels: Tensor, num_clients: int, seed: int) -> list[Tensor]:
+        """Places of each client's images, ascending."""
+        ...
+
+
+@dataclass(frozen=True)
+class IID:
+    """Equal shares at random; sizes differ by one image at most."""
+
+    def __call__(self, labels: Tensor, num_clients: int, seed: int) -> list[Tensor]:
+        """Places of each client's images, ascending."""
+        from flwr_datasets.partitioner import IidPartitioner
+
+        return _deal(self, lambda: IidPartitioner(num_clients), labels, num_clients, seed)
+
+
+@dataclass(frozen=True)
+class Dirichlet:
+    """Each class is split among the clients in proportions drawn from Dirichlet(`alpha`); small alpha is skewed (Hsu et al. 2019).
+
+    Proportions are drawn again, ten times at most, until every client holds `min_size` images.
+    """
+
+    alpha: float
+    min_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be > 0, got {self.alpha}")
+        if self.min_size < 0:
+            raise ValueError(f"min_size must be at least 0, got {self.min_size}")
+
+    def __call__(self, labels: Tensor, num_clients: int, seed: int) -> list[Tensor]:
+        """Places of each client's images, ascending."""
+        from flwr_datasets.partitioner import DirichletPartitioner
+
+        def build() -> "Partitioner":
+            return DirichletPartitioner(
+                num_clients, "label", float(self.alpha), self.min_size, shuffle=False, seed=seed_of(seed, "partition", "numpy")
+            )
+
+        return _deal(self, build, labels, num_clients, seed)
+
+
+@dataclass(frozen=True)
+class ByClass:
+    """Every client holds images of exactly `classes_per_client` classes (the "pathological" split, Li et al. 2021).
+
+    Client i is given class i mod K, the others at random; the images of a class are shared equally by its holders. With fewer
+    clients than classes, the images of a class that nobody was given are left out.
+    """
+
+    classes_per_client: int = 2
+
+    def __post_init__(self) -> None:
+        if self.classes_per_client < 1:
+            raise ValueError(f"classes_per_client must be at least 1, got {self.classes_per_client}")
+
+    def __call__(self, labels: Tensor, num_clients: int, seed: int) -> list[Tensor]:
+        """Places of each client's images, ascending."""
+        from flwr_datasets.partitioner import PathologicalPartitioner
+
+        num_classes = len(labels.unique())
+        if self.classes_per_client > num_classes:
+            raise ValueError(f"classes_per_client must be at most the {num_classes} classes there are, got {self.classes_per_client}")
+
+        def build() -> "Partitioner":
+            return PathologicalPartitioner(
+                num_clients,
+                "label",
+                self.classes_per_client,
+                "first-deterministic",
+                shuffle=False,
+                seed=seed_of(seed, "partition", "numpy"),
+            )
+
+        return _deal(self, build, labels, num_clients, seed)
+
+
+@dataclass(frozen=True)
+class SizeSkewed:
+    """Client i (1, 2, …) holds a share in proportion to i (`linear`), i**2 (`square`) or e**i (`exponential`), classes at random."""
+
+    kind: str = "linear"
+
+    def __post_init__(self) -> None:
+        one_of("kind of size skew", self.kind, ("linear", "square", "exponential"))
+
+    def __call__(self, labels: Tensor, num_clients: int, seed: int) -> list[Tensor]:
+        """Places of each client's images, ascending."""
+        from flwr_datasets.partitioner import ExponentialPartitioner, LinearPartitioner, SquarePartitioner
+
+        kinds = {"linear": LinearPartitioner, "square": SquarePartitioner, "exponential": ExponentialPartitioner}
+        return _deal(self, lambda: kinds[self.kind](num_clients), labels, num_clients, seed)
+
+
+def _deal(rule: Partition, build: "Callable[[], Partitioner]", labels: Tensor, num_clients: int, seed: int) -> list[Tensor]:
+    import datasets
+    import pyarrow as pa
+
+    if num_clients < 1:
+        raise ValueError(f"num_clients must be at least 1, got {num_clients}")
+    if num_clients > len(labels):
+        raise ValueError(f"num_clients must be at most the {len(labels)} images there are, got {num_clients}")
+    place = torch.randperm(len(labels), generator=generator(seed, "partition"))
+    table = pa.table({"label": labels.cpu()[place].numpy(), "place": place.numpy()})
+    partitioner = build()
+    partitioner.dataset = datasets.Dataset(table).with_format("arrow")  # whole columns: row by row takes seconds
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # draws made again, classes left out: said in the docstrings above
+        try:
+            shares = [partitioner.load_partition(i)["place"].to_numpy() for i in range(num_clients)]
+        except ValueError as error:
+            raise ValueError(f"{rule} cannot deal {len(labels)} images to {num_clients} clients: {_first_sentence(error)}") from error
+    return [torch.from_numpy(np.sort(share)) for share in shares]
+
+
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".")

@@ -1,0 +1,1 @@
+"""Where the two apps run. Each engine takes the same ServerApp and ClientApp, unchanged."""

@@ -1,0 +1,30 @@
+"""Flower's simulation runtime on Ray: clients run in worker processes, on this machine or on a Ray cluster."""
+
+import importlib.util
+from dataclasses import dataclass
+
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from fedsim.checks import number
+
+
+@dataclass(frozen=True)
+class Ray:
+    """Flower's Ray backend; `cpus` and `gpus` are what one client takes of the machine, so gpus=0.25 puts four on a GPU."""
+
+    cpus: float = 1
+    gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        number("engine.cpus", self.cpus, 0, above=True)
+        number("engine.gpus", self.gpus, 0)
+        if importlib.util.find_spec("ray") is None:
+            raise ValueError("engine=ray needs Ray, which is not installed: pip install 'fedsim[ray]', or take engine=inline")
+
+    def run(self, server: ServerApp, client: ClientApp, clients: int, device: str) -> None:
+        """Runs the apps to their end."""
+        from flwr.simulation import run_simulation
+
+        resources = {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        run_simulation(server, client, clients, backend_config={"client_resources": resources})

@@ -1,0 +1,313 @@
+"""The server: any Flower strategy, around it what turns updates into weights, around that the eavesdropper.
+
+    Seeded( Metered( Eavesdropping( Update( FedAvg | FedAdam | Krum | … ) ) ) )
+
+Each wraps the next and changes one thing; none overrides a strategy.
+"""
+
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedsim.observation import Observation
+from fedsim.records import ARRAYS, METRICS, SENDER, arrays_of, observation_of, tensors_of, wire_bytes
+from fedsim.seeding import seed_of
+
+log = logging.getLogger(__name__)
+
+
+class Forwarding(Strategy):
+    """A strategy that hands everything to `inner`."""
+
+    def __init__(self, inner: Strategy) -> None:
+        self.inner = inner
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        return self.inner.configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        return self.inner.aggregate_train(server_round, replies)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        return self.inner.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        return self.inner.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        self.inner.summary()
+
+
+class UpdateStrategy(Forwarding):
+    """Lets a strategy that averages weights work on clients that send updates.
+
+    Clients send packets, because weights would not survive the wire: `w - (w - u)` in float32 turns 16 levels into 158. The server
+    knows `w`, so it gives `inner` what it expects, `w - scale * update`. Replies are put in the order of their clients first, since
+    a sum of floats depends on its order.
+    """
+
+    def __init__(self, inner: Strategy, buffers: Sequence[str] = (), scale: float = 1.0) -> None:
+        super().__init__(inner)
+        self.buffers = frozenset(buffers)
+        self.scale = scale
+        self._sent: dict[str, Tensor] = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self._sent = tensors_of(arrays)
+        return super().configure_train(server_round, arrays_of(self._sent), config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        replies = list(replies)
+        weights = [self._weights(reply, server_round) if reply.has_content() else reply for reply in sorted(replies, key=_sender)]
+        arrays, metrics = super().aggregate_train(server_round, weights)
+        return (arrays if arrays is None else self._like_sent(arrays)), metrics
+
+    def _weights(self, reply: Message, server_round: int) -> Message:
+        params = {name: t for name, t in self._sent.items() if name not in self.buffers}
+        seen = observation_of(reply.content, params, {}, server_round)
+        after = {name: t - self.scale * seen.update[name] for name, t in params.items()}
+        content = RecordDict({ARRAYS: arrays_of(after, seen.sent_buffers), METRICS: reply.content.metric_records[METRICS]})
+        return _with_content(reply, content)
+
+    def _like_sent(self, arrays: ArrayRecord) -> ArrayRecord:
+        # BatchNorm counts its batches in int64, and a strategy averages everything into floats.
+        return ArrayRecord(
+            {
+                name: Array(array.numpy().astype(self._sent[name].numpy().dtype).reshape(tuple(self._sent[name].shape)))
+                for name, array in arrays.items()
+            }
+        )
+
+
+def _sender(reply: Message) -> int:
+    return int(reply.content.config_records[SENDER]["client"]) if reply.has_content() else -1  # type: ignore[arg-type]
+
+
+def _with_content(reply: Message, content: RecordDict) -> Message:
+    changed = Message.__new__(Message)
+    changed.__dict__.update(reply.__dict__)
+    changed.__dict__["_content"] = content
+    return changed
+
+
+class EavesdroppingStrategy(Forwarding):
+    """Shows `listen` the replies of the clients that `choose` picks, before `inner` sees them, and hands all replies on unchanged.
+
+    choose  of a round and the clients that replied, those to listen to; no reply is even decoded for the others
+    listen  called once a round in which somebody was picked, with one observation for each, in the order of clients
+    """
+
+    def __init__(
+        self,
+        inner: Strategy,
+        choose: Callable[[int, list[int]], Sequence[int]],
+        listen: Callable[[list[Observation]], None],
+        buffers: Sequence[str] = (),
+    ) -> None:
+        super().__init__(inner)
+        self.choose, self.listen = choose, listen
+        self.buffers = frozenset(buffers)
+        self._sent = ArrayRecord()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self._sent = arrays
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        replies = list(replies)
+        by_client = {_sender(reply): reply.content for reply in replies if reply.has_content()}
+        if chosen := sorted(self.choose(server_round, sorted(by_client))):
+            tensors = tensors_of(self._sent)
+            params = {name: t for name, t in tensors.items() if name not in self.buffers}
+            buffers = {name: t for name, t in tensors.items() if name in self.buffers}
+            self.listen([observation_of(by_client[client], params, buffers, server_round) for client in chosen])
+        return super().aggregate_train(server_round, replies)
+
+
+class MeteredStrategy(Forwarding):
+    """Counts what a round sends, and ends the run when no client answers.
+
+    bytes_down, bytes_up  payload of the last round's training messages and replies
+    replies, failures     how many clients answered, and how many did not or with an error
+    train_metrics, evaluate_metrics  what the clients reported, averaged by `inner`
+    """
+
+    def __init__(self, inner: Strategy) -> None:
+        super().__init__(inner)
+        self.bytes_down = self.bytes_up = self.replies = self.failures = 0
+        self.train_metrics: MetricRecord | None = None
+        self.evaluate_metrics: MetricRecord | None = None
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        self.bytes_down = sum(wire_bytes(message.content) for message in messages)
+        self.failures = len(messages)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        replies = list(replies)
+        answers = [reply for reply in replies if reply.has_content()]
+        for reply in replies:
+            if reply.has_error():
+                log.warning("round %d: a client failed and is left out: %s", server_round, reply.error.reason)
+        self.replies = len(answers)
+        self.failures -= len(answers)
+        self.bytes_up = sum(wire_bytes(reply.content) for reply in answers)
+        if not answers:
+            why = next((reply.error.reason for reply in replies if reply.has_error()), "no reply came in time")
+            raise RuntimeError(f"round {server_round}: none of the {self.failures} chosen clients sent an update: {why}")
+        arrays, self.train_metrics = super().aggregate_train(server_round, replies)
+        return arrays, self.train_metrics
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        self.evaluate_metrics = super().aggregate_evaluate(server_round, replies)
+        return self.evaluate_metrics
+
+
+class SeededStrategy(Forwarding):
+    """Makes which clients are chosen a function of the seed and the round, and counts rounds from `after`.
+
+    Strategies sample node ids with Python's global random numbers, and the ids are random themselves; here they are sampled from
+    `nodes` in the order of their clients, with the global state set for the purpose and put back. A resumed run continues with
+    round `after + 1`, while Flower's own loop counts from 1 again.
+    """
+
+    def __init__(self, inner: Strategy, seed: int, nodes: Sequence[int], after: int = 0) -> None:
+        super().__init__(inner)
+        self.seed, self.nodes, self.after = seed, list(nodes), after
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        with _random_seeded(seed_of(self.seed, "clients", server_round + self.after)):
+            return list(super().configure_train(server_round + self.after, arrays, config, _Ordered(grid, self.nodes)))
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        return super().aggregate_train(server_round + self.after, replies)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        with _random_seeded(seed_of(self.seed, "evaluators", server_round + self.after)):
+            return list(super().configure_evaluate(server_round + self.after, arrays, config, _Ordered(grid, self.nodes)))
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        by_client = sorted(replies, key=lambda reply: self.nodes.index(reply.metadata.src_node_id))
+        return super().aggregate_evaluate(server_round + self.after, by_client)
+
+
+class _Ordered:
+    """A grid that lists its nodes in a given order."""
+
+    def __init__(self, grid: Grid, nodes: list[int]) -> None:
+        self._grid, self._nodes = grid, nodes
+
+    def get_node_ids(self) -> list[int]:
+        return list(self._nodes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+
+@contextlib.contextmanager
+def _random_seeded(seed: int) -> Iterator[None]:
+    before = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+
+
+def nodes_by_client(grid: Grid, clients: int, timeout: float = 600.0) -> list[int]:
+    """Node ids in the order of their clients 0, 1, …, asked of the nodes themselves. Raises RuntimeError when one is missing."""
+    until = time.monotonic() + timeout
+    while len(nodes := list(grid.get_node_ids())) < clients:
+        if time.monotonic() > until:
+            raise RuntimeError(f"{len(nodes)} of {clients} clients connected within {timeout:.0f} s")
+        time.sleep(0.05)
+    asked = [Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes]
+    replies = [reply for reply in grid.send_and_receive(asked, timeout=max(1.0, until - time.monotonic())) if reply.has_content()]
+    found = {_sender(reply): reply.metadata.src_node_id for reply in replies}
+    if missing := [client for client in range(clients) if client not in found]:
+        raise RuntimeError(f"no answer from client {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}")
+    return [found[client] for client in range(clients)]
+
+
+# What a strategy remembers from round to round (Adam's moments, a momentum vector) are arrays among its attributes. They are saved by
+# their kind, since each strategy has its own: a name such as "m_t:dict:000000:conv1.weight" says how to put them back, and where,
+# for strategies that pair lists by position.
+
+_SCALARS = (bool, int, float)
+
+
+def strategy_state(strategy: Strategy) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the numbers a strategy holds, as flat dicts; `restore_strategy` puts them back."""
+    arrays: dict[str, np.ndarray] = {}
+    numbers: dict[str, Any] = {}
+    for name, value in vars(_innermost(strategy)).items():
+        if isinstance(value, _SCALARS):
+            numbers[name] = value
+        elif isinstance(value, np.ndarray):
+            arrays[f"{name}:array:000000:"] = value
+        elif isinstance(value, ArrayRecord):
+            arrays |= {f"{name}:record:{i:06d}:{key}": a.numpy() for i, (key, a) in enumerate(value.items())}
+        elif isinstance(value, dict) and value and all(isinstance(v, np.ndarray) for v in value.values()):
+            arrays |= {f"{name}:dict:{i:06d}:{key}": a for i, (key, a) in enumerate(value.items())}
+        elif isinstance(value, list) and value and all(isinstance(v, np.ndarray) for v in value):
+            arrays |= {f"{name}:list:{i:06d}:": a for i, a in enumerate(value)}
+    return arrays, numbers
+
+
+def restore_strategy(strategy: Strategy, arrays: dict[str, np.ndarray], numbers: dict[str, Any]) -> None:
+    """Sets the attributes that `strategy_state` read."""
+    target = _innermost(strategy)
+    for name, value in numbers.items():
+        setattr(target, name, value)
+    grouped: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    for full, array in sorted(arrays.items()):
+        name, kind, _, key = full.split(":", 3)
+        grouped.setdefault((name, kind), {})[key or str(len(grouped.get((name, kind), {})))] = array
+    for (name, kind), group in grouped.items():
+        if kind == "array":
+            (value,) = group.values()
+        elif kind == "record":
+            value = ArrayRecord({key: Array(a) for key, a in group.items()})
+        else:
+            value = group if kind == "dict" else list(group.values())
+        setattr(target, name, value)
+
+
+def _innermost(strategy: Strategy) -> Strategy:
+    while isinstance(strategy, Forwarding):
+        strategy = strategy.inner
+    return strategy

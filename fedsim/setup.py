@@ -1,0 +1,135 @@
+"""A run's ingredients, built from its configuration: the same on the server, on every client, and in every worker process.
+
+A configuration is a plain nested dict (what `config.json` in a run's folder holds). Whatever is a choice names its class under
+`_target_`, so what is built here needs no list of what there is.
+"""
+
+import functools
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.data import Dataset, load
+from fedsim.defense import Defense
+from fedsim.protocols import Protocol
+from fedsim.seeding import generator
+
+Config = dict[str, Any]
+
+
+def build(node: Mapping[str, Any], **more: Any) -> Any:
+    """What a configuration node's `_target_` makes of the node's other entries and of `more`."""
+    from hydra.utils import instantiate
+
+    return instantiate(dict(node), _convert_="all", **more)
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What a configuration stands for.
+
+    dataset   training and test images
+    shards    indices of each client's training images
+    protocol  FedSGD or FedAvg
+    defense   what clients do to an update before they send it
+    """
+
+    config: Config
+    seed: int
+    dataset: Dataset
+    shards: list[Tensor]
+    protocol: Protocol
+    defense: Defense
+    device: torch.device
+
+    def model(self) -> nn.Module:
+        """A new model with the run's initial weights, on the run's device, in the mode clients train in."""
+        model = build(
+            self.config["model"],
+            image_shape=self.dataset.image_shape,
+            num_classes=self.dataset.num_classes,
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            rng=generator(self.seed, "init"),
+        )
+        model.to(self.device).train(self.protocol.train_mode)
+        return model
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The training images and labels at `index`, on the run's device."""
+        images, labels = self.dataset.train.batch(index)
+        return images.to(self.device), labels.to(self.device)
+
+    def truth(self, round: int, client: int) -> tuple[Tensor, Tensor]:
+        """The images and labels that `client` computed its update of `round` from, in the order it used them."""
+        index = self.protocol.batches(self.shards[client], self.seed, round, client)
+        return self.batch(torch.cat(index))
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` is the GPU if there is one; anything else is a torch device name. Raises ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"device {name!r} is not usable here, take device=auto or device=cpu: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def setup_of(config: Config) -> Setup:
+    """The setup of a configuration. Built once in each process, however many clients ask for it."""
+    return _setup_of(json.dumps(config, sort_keys=True))
+
+
+# A worker serves one run after the other; two, so that a comparison of runs does not load its data again each time.
+@functools.lru_cache(maxsize=2)
+def _setup_of(text: str) -> Setup:
+    config = json.loads(text)
+    dataset = _dataset_of(json.dumps(config["data"], sort_keys=True), config["seed"])
+    protocol = build(config["federation"])
+    shards = build(config["partition"])(dataset.train.labels, protocol.clients, config["seed"])
+    return Setup(
+        config, config["seed"], dataset, shards, protocol, build(config["defense"]), device_of(config.get("device", "auto"))
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _dataset_of(text: str, seed: int) -> Dataset:
+    return load(**json.loads(text), seed=seed)
+
+
+_local = threading.local()
+
+
+def model_of(setup: Setup) -> nn.Module:
+    """This thread's model of `setup`; training is functional, so its weights are never read."""
+    if getattr(_local, "setup", None) is not setup:
+        _local.setup, _local.model = setup, setup.model()
+    return _local.model
+
+
+def one_thread() -> None:
+    """Makes this thread compute on one core: parallelism is across clients, and numbers must not depend on the number of cores."""
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+def quiet() -> None:
+    """Switches off what Flower and Ray would send or fetch over the network; a user's own setting wins."""
+    for name, value in {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+    }.items():
+        os.environ.setdefault(name, value)
