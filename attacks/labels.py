@@ -10,44 +10,45 @@ import torch
 from torch import Tensor
 
 
-def class_signal(update: Mapping[str, Tensor], num_classes: int) -> Tensor:
-    """(K,) what the update says about each class, lower where labels are: the gradient of the head's bias.
+def analytic_labels(update: Mapping[str, Tensor], num_classes: int, batch_size: int = 1, predicted: Tensor | None = None) -> Tensor:
+    """(B,) int64, the labels of a batch of B, in ascending order; `update` is its mean gradient.
 
-    The head's bias is the last tensor of shape (K,). A head without one is read off its weight (K, D), the last such matrix: its
-    rows are (p - y) times a feature vector; their sum has the sign of (p - y) where features are positive (ReLU, sigmoid).
+    One image: the only negative entry (Zhao et al. 2020). Exact for cross-entropy and a head with a bias, whatever stands in
+    front of the gradient and before the head.
+
+    A batch: a class that occurs n times has the entry mean(p) - n / B, so n is about B (p - entry) with the prediction p that
+    the model makes of any image, `predicted` (K,); 1/K each if None (in the spirit of Wainakh et al. 2022). Every negative entry
+    counts at least once, for that is certain; the remaining places go one by one to the class that most exceeds its count.
+    Good while predictions depend little on the image: for untrained models.
     """
-    biases = [t for t in update.values() if t.shape == (num_classes,)]
-    weights = [t for t in update.values() if t.dim() == 2 and len(t) == num_classes]
-    if biases:
-        return biases[-1]
-    if weights:
-        return weights[-1].sum(1)
-    shapes = [tuple(t.shape) for t in update.values()]
-    raise ValueError(f"no tensor of the update belongs to a head of {num_classes} classes: shapes are {shapes}")
-
-
-def analytic_labels(update: Mapping[str, Tensor], num_classes: int, batch_size: int = 1) -> Tensor:
-    """(B,) int64, the most plausible labels of a batch, in ascending order.
-
-    One image: its label is the only negative entry (Zhao et al. 2020); exact for cross-entropy and any model with a bias in its
-    head. A batch of B: every negative entry is a label for certain. The rest is filled one label at a time, each time with the
-    class whose entry is lowest once the labels found so far are taken out; with an untrained model's near-uniform predictions
-    each label contributes -1/B, so this counts repetitions (in the spirit of Geng et al. 2021). A factor in front of the update
-    is estimated from the update itself: all negative mass belongs to labels.
-    """
-    signal = class_signal(update, num_classes).double()
+    signal = _class_signal(update, num_classes).double()
     if batch_size == 1:
         return signal.argmin().reshape(1)
-    # Per label, (mean p - 1) / B is expected where p is the mean prediction, about 1 / K: so negative entries sum to about
-    # -(1 - 1 / K) when every label differs; where labels repeat, too. `weight` is one label's share of that.
-    negative = signal.clamp(max=0)
-    weight = float(-negative.sum()) / batch_size * (1 + 1 / num_classes)
-    found = torch.nonzero(negative < 0).squeeze(1)
-    found = found[signal[found].argsort()][:batch_size].tolist()
-    rest = signal.clone()
-    rest[found] += weight
-    while len(found) < batch_size:
-        label = int(rest.argmin())
-        found.append(label)
-        rest[label] += weight
-    return torch.tensor(sorted(found), device=signal.device)
+    if predicted is None:
+        predicted = torch.full_like(signal, 1 / num_classes)
+    expected = batch_size * (predicted.double() - signal)
+    certain = (signal < 0).nonzero().squeeze(1)
+    counts = torch.zeros_like(signal)
+    counts[certain[signal[certain].argsort()][:batch_size]] = 1
+    for _ in range(batch_size - int(counts.sum())):
+        counts[(expected - counts).argmax()] += 1
+    return torch.repeat_interleave(counts.long())
+
+
+def _class_signal(update: Mapping[str, Tensor], num_classes: int) -> Tensor:
+    """(K,) mean(p - y), from the head's bias: the last tensor of shape (K,).
+
+    A head without one is read off its weight (K, D), the last such matrix: its rows are (p - y) times the features, so their
+    sums have the sign of p - y where features are positive (ReLU, sigmoid), and a scale that makes their negative part sum to
+    -(1 - 1/K), about what B labels leave of it.
+    """
+    biases = [t for t in update.values() if t.shape == (num_classes,)]
+    if biases:
+        return biases[-1]
+    weights = [t for t in update.values() if t.dim() == 2 and len(t) == num_classes]
+    if weights:
+        rows = weights[-1].sum(1)
+        negative = -rows.clamp(max=0).sum()
+        return rows * (1 - 1 / num_classes) / negative if negative > 0 else rows
+    shapes = [tuple(t.shape) for t in update.values()]
+    raise ValueError(f"no tensor of the update belongs to a head of {num_classes} classes: their shapes are {shapes}")

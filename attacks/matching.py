@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import functional_call, vmap
 
 from attacks.labels import analytic_labels
 from attacks.optimizers import LBFGS, Adam, Minima, minimise
@@ -27,7 +27,10 @@ MEMORY = 2**31  # bytes one chunk may take
 
 @dataclass(frozen=True)
 class GradientMatching:
-    """Minimises gap(gradients of a candidate, observed update) + priors(candidate images) over the candidate.
+    """Minimises gap(gradients of a candidate, observed update) / unit + priors(candidate images) over the candidate.
+
+    The unit is the gap of a candidate that explains nothing (|update|^2 for SquaredGap), so that a prior's weight means the same
+    for large and small updates.
 
     Threat model: an honest but curious server, or anyone who reads the wire. It knows the model, the broadcast parameters, one
     client's update, the image shape and the number of classes; `labels` says where the labels come from.
@@ -43,7 +46,7 @@ class GradientMatching:
     init        "normal": N(0, 1); "uniform": U(0, 1); "grey": 0.5 + N(0, 0.1^2), for images; label logits are N(0, 1)
     box         clamp images to [0, 1] after every step; for Adam
     tolerance   largest gap, relative to the gap of a candidate that explains nothing, at which a reconstruction `converged`
-    enough      relative loss at which a start ends
+    enough      value of what is minimised at which a start ends
     chunk       problems computed at a time; None chooses from the memory they take. No influence on the result
     """
 
@@ -68,7 +71,9 @@ class GradientMatching:
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk must be >= 1 or None, got {self.chunk}")
         if self.box and isinstance(self.optimizer, LBFGS):
-            raise ValueError("box=True needs optimizer=Adam(...): clamping breaks the line search of LBFGS; use the prior OutOfRange")
+            raise ValueError(
+                "box=True needs optimizer=Adam(...): clamping breaks the line search of LBFGS; use the prior OutOfRange"
+            )
         if not (self.tolerance > 0 and self.enough >= 0):
             raise ValueError(f"tolerance must be > 0 and enough >= 0, got {self.tolerance} and {self.enough}")
 
@@ -85,31 +90,25 @@ class GradientMatching:
         sizes = [known.batch_size or one.num_examples for one in seen]
         # All chance is drawn here, victim by victim, so that nothing below can depend on how problems are grouped.
         starts = [self._starts(size, known, rng) for size in sizes]
-        noise_seed = int(torch.randint(2**62, (), generator=rng))
+        model_seed = int(torch.randint(2**62, (), generator=rng))
         groups: dict[object, list[int]] = defaultdict(list)
         for i, one in enumerate(seen):
             groups[(sizes[i], tuple((name, p.shape) for name, p in one.packets.items()))].append(i)
-        results: list[Reconstruction | None] = [None] * len(seen)
-        before = 0
+        results: dict[int, Reconstruction] = {}
         for members in groups.values():
-            offset = before
-
-            def finished(count: int, _: int, offset: int = offset) -> None:
-                if report:
-                    report(offset + count, len(seen))
-
-            labels = None
-            if self.labels != "joint":
-                labels = torch.stack([self._labels(seen[i], i, sizes[i], known) for i in members])
-            group = _Problems.of([seen[i] for i in members], known, model, self, labels)
-            device = group.device
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(noise_seed)  # for models that draw (dropout, variational bottlenecks)
-                solved = self._solve(group, torch.stack([starts[i] for i in members]).to(device), finished)
-            for i, one in zip(members, solved, strict=True):
-                results[i] = one
-            before += len(members)
-        return [one for one in results if one is not None]
+            group = _Problems.of([seen[i] for i in members], sizes[members[0]], known, model, self)
+            with torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else []):
+                torch.manual_seed(model_seed)  # for models that draw: dropout, variational bottlenecks
+                if self.labels != "joint":
+                    group.labels = torch.stack([self._labels(seen[i], i, sizes[i], known, model) for i in members])
+                before = len(results)
+                solved = self._solve(
+                    group,
+                    torch.stack([starts[i] for i in members]).to(group.device),
+                    lambda finished, before=before: report(before + finished, len(seen)) if report else None,  # type: ignore[misc]
+                )
+            results |= zip(members, solved, strict=True)
+        return [results[i] for i in range(len(seen))]
 
     def _starts(self, size: int, known: Knowledge, rng: torch.Generator) -> Tensor:
         """(R, D) starts of one victim: images, then label logits."""
@@ -123,26 +122,28 @@ class GradientMatching:
             return images
         return torch.cat([images, torch.randn(self.restarts, size * known.num_classes, generator=rng)], 1)
 
-    def _labels(self, one: Observation, index: int, size: int, known: Knowledge) -> Tensor:
+    def _labels(self, one: Observation, index: int, size: int, known: Knowledge, model: nn.Module) -> Tensor:
         if self.labels == "analytic":
-            return analytic_labels(one.update, known.num_classes, size)
+            scale = (known.lr or 1.0) * (known.local_steps or 1)
+            gradient = {name: t / scale for name, t in one.update.items()}
+            return analytic_labels(gradient, known.num_classes, size, _predicted(one, known, model))
         if known.labels is None:
             raise ValueError('labels="given" needs known.labels; use "analytic" or "joint" for an attacker who is not told')
         return known.labels[index].to(next(iter(one.params.values())).device)
 
-    def _solve(self, group: "_Problems", starts: Tensor, report: Callable[[int, int], None]) -> list[Reconstruction]:
+    def _solve(self, group: "_Problems", starts: Tensor, report: Callable[[int], None]) -> list[Reconstruction]:
         began = time.perf_counter()
         v, r, _ = starts.shape
-        unit = self.gap.unit(group.target)
+        unit = group.unit
         chunk = self.chunk or group.chunk(starts[:1, 0], self.optimizer)
         minima = minimise(
             group.evaluate,
             starts,
             self.optimizer,
-            target=self.enough * unit,
+            target=torch.full_like(unit, self.enough),
             chunk=chunk,
             project=group.clamp if self.box else None,
-            report=report,
+            report=lambda finished, _: report(finished),
         )
         gaps = _in_chunks(group.gaps, minima.points.flatten(0, 1), r, chunk).reshape(v, r)
         gaps = torch.where(minima.losses.isfinite() & gaps.isfinite(), gaps, torch.inf)
@@ -181,15 +182,17 @@ class _Problems:
     num_classes: int
     gap: Gap
     priors: tuple[Prior, ...]
-    labels: Tensor | None  # (V, B), or None when they are optimised too
+    labels: Tensor | None = None  # (V, B), or None when they are optimised too
 
     def __post_init__(self) -> None:
+        unit = self.gap.unit(self.target)
+        self.unit = torch.where(unit > 0, unit, 1)  # an update of zeros is explained by a gradient of zeros
         self._rows: Tensor | None = None
-        self._gathered: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self._gathered: tuple[dict[str, Tensor], ...] = ()
 
     @classmethod
     def of(
-        cls, seen: Sequence[Observation], known: Knowledge, model: nn.Module, attack: GradientMatching, labels: Tensor | None
+        cls, seen: Sequence[Observation], size: int, known: Knowledge, model: nn.Module, attack: GradientMatching
     ) -> "_Problems":
         """The observations stacked, and scaled to gradients."""
         steps = known.local_steps or 1
@@ -206,11 +209,10 @@ class _Problems:
             params=stack([one.params for one in seen]),
             buffers=stack([one.buffers for one in seen]),
             target={name: t / scale for name, t in stack(updates).items()},
-            shape=(known.batch_size or seen[0].num_examples, *known.image_shape),
+            shape=(size, *known.image_shape),
             num_classes=known.num_classes,
             gap=attack.gap,
             priors=attack.priors,
-            labels=labels,
         )
 
     @property
@@ -243,7 +245,7 @@ class _Problems:
     def evaluate(self, points: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (P,) and their gradients (P, D) at points (P, D) of these problems."""
         points = points.detach().requires_grad_()
-        losses = self._gaps(points, problems)
+        losses = self._gaps(points, problems) / self.unit[problems]
         for prior in self.priors:
             losses = losses + prior(self.images(points))
         # Problems do not interact, so the gradient of the sum holds each one's own.
@@ -272,7 +274,8 @@ class _Problems:
         if self._rows is None or not torch.equal(self._rows, problems):
             self._rows = problems.clone()
             self._gathered = tuple({n: t[problems] for n, t in part.items()} for part in (self.params, self.buffers, self.target))
-        return self._gathered
+        params, buffers, target = self._gathered
+        return params, buffers, target
 
     def chunk(self, point: Tensor, optimizer: LBFGS | Adam) -> int:
         """Problems to compute at a time, by what one saves for its backward passes."""
@@ -293,3 +296,14 @@ class _Problems:
 def _in_chunks(gaps: Callable[[Tensor, Tensor], Tensor], points: Tensor, starts: int, chunk: int) -> Tensor:
     problems = torch.arange(len(points), device=points.device) // starts
     return torch.cat([gaps(p, v) for p, v in zip(points.split(chunk), problems.split(chunk), strict=True)])
+
+
+@torch.no_grad()
+def _predicted(one: Observation, known: Knowledge, model: nn.Module) -> Tensor:
+    """(K,) what the model answers to noise, on average: about what an untrained one answers to anything."""
+    device = next(iter(one.params.values())).device
+    noise = torch.rand((32, *known.image_shape), generator=torch.Generator().manual_seed(0)).to(device)
+    buffers = {name: t.clone() for name, t in one.buffers.items()}
+    output = functional_call(model, {**one.params, **buffers}, (noise,))
+    logits = output[0] if isinstance(output, tuple) else output
+    return logits.softmax(-1).mean(0)

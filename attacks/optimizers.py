@@ -26,7 +26,7 @@ class State:
     trial   (P, D) where the problems are to be evaluated next
     best    (P, D) best point so far
     loss    (P,) loss at `best`; inf before the first evaluation
-    status  (P,) RUNNING; STALLED when no step along the gradient lowers the loss; DIVERGED when there is no finite loss to return to
+    status  (P,) RUNNING; STALLED when no step along the gradient lowers the loss; DIVERGED without a finite loss to return to
     """
 
     trial: Tensor

@@ -8,7 +8,8 @@ import torch
 from attacks import metrics
 from fedsim.observation import Knowledge, Observation, Reconstruction
 from fedsim.protocols import FedSGD
-from fedsim.setup import Setup, model_of
+from fedsim.run import on_device
+from fedsim.setup import Setup, model_of, one_thread
 from fedsim.updates import relative_error
 
 STOLEN_MSE = 0.03  # the bar of Zhu et al. 2019; a card of the image's mean colour passes it on a third of CIFAR-10, so see the baselines
@@ -98,7 +99,5 @@ def attacked(
     setup: Setup, attack: Any, seen: Sequence[Observation], rng: torch.Generator, report: Any = None
 ) -> list[Reconstruction]:
     """What `attack` makes of what was seen, on the run's device."""
-    from fedsim.run import on_device
-
-    model = setup.model()
-    return attack([on_device(one, setup.device) for one in seen], knowledge(setup), model, rng, report=report)
+    one_thread()
+    return attack([on_device(one, setup.device) for one in seen], knowledge(setup), setup.model(), rng, report=report)

@@ -6,7 +6,6 @@ A configuration is a plain nested dict (what `config.json` in a run's folder hol
 
 import functools
 import json
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,15 +120,3 @@ def one_thread() -> None:
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
 
-
-def quiet() -> None:
-    """Switches off what Flower and Ray would send or fetch over the network; a user's own setting wins."""
-    for name, value in {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-    }.items():
-        os.environ.setdefault(name, value)

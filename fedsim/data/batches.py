@@ -1,4 +1,4 @@
-"""Which images a client trains on in a round: a function of `(seed, round, client)`, so that whoever scores an attack can ask again."""
+"""Which images a client trains on in a round: a function of `(seed, round, client)`, which whoever scores an attack asks again."""
 
 import torch
 from torch import Tensor
@@ -24,16 +24,18 @@ def batches_of(
     """
     if not len(shard):
         raise ValueError(f"client {client} has no images to train on")
-    for name, value in (("batch_size", batch_size), ("steps" if epochs is None or steps is not None else "epochs", steps or epochs)):
-        if value is None or value < 1:
+    if epochs is None and steps is None:
+        raise ValueError("a client trains for a number of epochs or of steps, got neither")
+    for name, value in (("batch_size", batch_size), ("epochs", epochs), ("steps", steps)):
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     rng = generator(seed, "batch", round, client)
     batches: list[Tensor] = []
-    epoch = 0
-    while (epoch < epochs) if steps is None else (len(batches) < steps):
+    per_epoch = -(-len(shard) // batch_size)
+    count = steps if steps is not None else per_epoch * (epochs or 1)
+    while len(batches) < count:
         batches.extend(shard[torch.randperm(len(shard), generator=rng)].split(batch_size))
-        epoch += 1
-    return batches[:steps]
+    return batches[:count]
 
 
 def batch_of(shard: Tensor, *, seed: int, round: int, client: int, batch_size: int) -> Tensor:

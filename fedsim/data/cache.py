@@ -44,6 +44,7 @@ def read(path: Path) -> Dataset | None:
 
 def write(path: Path, dataset: Dataset) -> None:
     """Keeps `dataset` in `path`, whole or not at all. A cache that cannot be written is no error: the next run decodes again."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {
@@ -52,22 +53,21 @@ def write(path: Path, dataset: Dataset) -> None:
         for field in ("pixels", "labels")
     }
     about = {"name": dataset.name, "classes": dataset.classes, "checksum": _checksum(tensors)}
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
         os.close(handle)
-        save_file(tensors, temporary, metadata={"fedsim": json.dumps(about)})
-        os.replace(temporary, path)
-    except Exception as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
+        try:
+            save_file(tensors, temporary, metadata={"fedsim": json.dumps(about)})
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)  # gone already if all went well
+    except (OSError, SafetensorError):
+        pass
 
 
 def _checksum(tensors: dict[str, Tensor]) -> int:
     total = 0
     for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy(), total)
+        total = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy().data, total)
     return total

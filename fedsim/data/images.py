@@ -22,9 +22,7 @@ class Images:
         if self.pixels.dtype != torch.uint8 or self.pixels.dim() != 4:
             raise ValueError(f"pixels must be uint8 (N, C, H, W), got {self.pixels.dtype} {tuple(self.pixels.shape)}")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.pixels.shape[:1]:
-            raise ValueError(
-                f"labels must be int64 ({len(self.pixels)},), got {self.labels.dtype} {tuple(self.labels.shape)}"
-            )
+            raise ValueError(f"labels must be int64 ({len(self.pixels)},), got {self.labels.dtype} {tuple(self.labels.shape)}")
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -88,7 +88,9 @@ class ByClass:
 
         num_classes = len(labels.unique())
         if self.classes_per_client > num_classes:
-            raise ValueError(f"classes_per_client must be at most the {num_classes} classes there are, got {self.classes_per_client}")
+            raise ValueError(
+                f"classes_per_client must be at most the {num_classes} classes there are, got {self.classes_per_client}"
+            )
 
         def build() -> "Partitioner":
             return PathologicalPartitioner(
@@ -105,7 +107,7 @@ class ByClass:
 
 @dataclass(frozen=True)
 class SizeSkewed:
-    """Client i (1, 2, …) holds a share in proportion to i (`linear`), i**2 (`square`) or e**i (`exponential`), classes at random."""
+    """Client i (1, 2, …) holds a share in proportion to i (`linear`), i**2 (`square`) or e**i (`exponential`)."""
 
     kind: str = "linear"
 
@@ -137,9 +139,6 @@ def _deal(rule: Partition, build: "Callable[[], Partitioner]", labels: Tensor, n
         try:
             shares = [partitioner.load_partition(i)["place"].to_numpy() for i in range(num_clients)]
         except ValueError as error:
-            raise ValueError(f"{rule} cannot deal {len(labels)} images to {num_clients} clients: {_first_sentence(error)}") from error
+            way_out = "take fewer clients or a milder skew"
+            raise ValueError(f"{rule} cannot give {num_clients} clients their share of {len(labels)} images: {way_out}") from error
     return [torch.from_numpy(np.sort(share)) for share in shares]
-
-
-def _first_sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).split(". ")[0].rstrip(".")

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def load(
 
 
 def check(name: str, root: str | Path | None = None, *, download: bool = False) -> None:
-    """Raises DataNotFound when `load` would, without reading an image."""
+    """Raises DataNotFound when `load` would find nothing, without reading an image. What can be downloaded is taken as found."""
     one_of("dataset", name, NAMES)
     if name != "synthetic" and not download and _find(name, _root(root)) is None:
         raise _not_found(name, _root(root))
@@ -142,7 +143,7 @@ def _synthetic(train_size: int, test_size: int, seed: int, progress: bool) -> Da
 
 @dataclass(frozen=True)
 class Torchvision:
-    """A dataset in torchvision's own layout; torchvision compares its checksums before it reads."""
+    """A dataset in torchvision's own layout. CIFAR's files are pickles: it opens them only if their checksums are right."""
 
     name: str
     root: Path
@@ -291,15 +292,16 @@ def _dataset(name: str, place: Path, train: Images, test: Images, classes: tuple
     """A dataset whose files hold what its name promises."""
     known = KNOWN[name]
     for split, images in zip(SPLITS, (train, test), strict=True):
-        top = int(images.labels.max()) if len(images) else -1
-        if len(classes) != known.num_classes or not 0 <= top < known.num_classes or int(images.labels.min()) < 0:
-            raise ValueError(f"{name} has {known.num_classes} classes, but {place} ({split}) has {max(len(classes), top + 1)}")
+        if not len(images):
+            raise ValueError(f"{place} has no {split} images")
+        low, high = int(images.labels.min()), int(images.labels.max())
+        if len(classes) != known.num_classes or low < 0 or high >= known.num_classes:
+            found = f"{len(classes)} classes and {split} labels from {low} to {high}"
+            raise ValueError(f"{name} has {known.num_classes} classes, but {place} has {found}")
     return Dataset(name, train, test, classes)
 
 
-def _decode(
-    name: str, count: int, open_image: Callable[[int], Any], description: str, progress: bool
-) -> torch.Tensor:
+def _decode(name: str, count: int, open_image: Callable[[int], Any], description: str, progress: bool) -> torch.Tensor:
     """Pixels (count, C, H, W) of encoded images, decoded in parallel since Pillow releases the interpreter lock."""
     from PIL import Image
 
@@ -314,7 +316,9 @@ def _decode(
             except OSError as error:
                 raise ValueError(f"image {i} of {description} does not decode: {_one_line(error)}") from error
             if array.shape[:2] != (height, width):
-                raise ValueError(f"{name} has images of {height}x{width}, but image {i} of {description} is {array.shape[0]}x{array.shape[1]}")
+                raise ValueError(
+                    f"{name} has images of {height}x{width}, but image {i} of {description} is {array.shape[0]}x{array.shape[1]}"
+                )
             pixels[i] = array.reshape(height, width, channels).transpose(2, 0, 1)
         return len(places)
 
@@ -325,25 +329,16 @@ def _decode(
     return torch.from_numpy(pixels)
 
 
-class _bar:
+@contextmanager
+def _bar(description: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar on a terminal, and nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
 
-    def __init__(self, description: str, total: int, shown: bool) -> None:
-        self.description, self.total, self.shown = description, total, shown
-        self.progress: Any = None
-
-    def __enter__(self) -> Callable[[int], None]:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(stderr=True)
-        self.progress = Progress(console=console, transient=True, disable=not (self.shown and console.is_terminal))
-        self.progress.start()
-        task = self.progress.add_task(self.description, total=self.total)
-        return lambda done: self.progress.advance(task, done)
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done: progress.advance(task, done)
 
 
 def _digest(*parts: object) -> str:

@@ -97,7 +97,7 @@ CLASSES = tuple(SHAPES)
 
 
 def images(count: int, *, seed: int, split: str, advance: Callable[[int], None] = lambda done: None) -> tuple[Tensor, Tensor]:
-    """Pixels (count, 3, 32, 32) uint8 and labels (count,) int64, classes as equal as `count` allows; `advance` hears of progress."""
+    """Pixels (count, 3, 32, 32) uint8 and labels (count,) int64, in equal shares; `advance` hears of progress."""
     pixels = np.empty((count, 3, SIDE, SIDE), dtype=np.uint8)
     labels = np.empty(count, dtype=np.int64)
 
@@ -151,7 +151,9 @@ def _draw(shape: Callable[[Array, Array], Array], n: int, rng: np.random.Generat
     canvas *= 1 - uniform(0.1, 0.6)[:, None] * shadow
     canvas += (paint * (lit * edge)[:, None] - canvas) * inside
 
-    exposure = uniform(0.65, 1.15)[:, None] * (1 + uniform(-0.012, 0.012)[:, None] * CENTRES + uniform(-0.012, 0.012)[:, None] * CENTRES[:, None])
+    exposure = uniform(0.65, 1.15)[:, None] * (
+        1 + uniform(-0.012, 0.012)[:, None] * CENTRES + uniform(-0.012, 0.012)[:, None] * CENTRES[:, None]
+    )
     canvas *= exposure
     canvas += uniform(0.0, 0.05)[:, None] * rng.standard_normal(canvas.shape, dtype=np.float32)
     return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)

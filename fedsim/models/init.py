@@ -77,7 +77,7 @@ class Xavier:
 class Kaiming:
     """Weights of standard deviation `sqrt(2 / (1 + a**2)) / sqrt(fan_in)`; biases as PyTorch's.
 
-    With a = sqrt(5), PyTorch's own choice for its layers, that is sqrt(1/3) of 1 / sqrt(fan_in) and not He's initialization.
+    With a = sqrt(5), which PyTorch uses for its own layers, that is sqrt(1 / (3 fan_in)): less than half of He's.
     """
 
     distribution: str = "uniform"
@@ -117,11 +117,15 @@ def _draw(
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear | _ConvNd):
                 draw_weight(module.weight)
-                if module.bias is not None:
-                    bound = 1 / math.sqrt(module.weight[0].numel())
-                    (draw_bias or (lambda bias, b=bound: nn.init.uniform_(bias, -b, b, generator=rng)))(module.bias)
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                if module.bias is not None and draw_bias:
+                    draw_bias(module.bias)
+                elif module.bias is not None:
+                    nn.init.uniform_(module.bias, -bound, bound, generator=rng)
+            elif isinstance(module, nn.Embedding) and draw_embedding:
+                draw_embedding(module.weight)
             elif isinstance(module, nn.Embedding):
-                (draw_embedding or (lambda weight: nn.init.normal_(weight, generator=rng)))(module.weight)
+                nn.init.normal_(module.weight, generator=rng)
             elif isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm):
                 module.reset_parameters()
             elif any(True for _ in module.parameters(recurse=False)):

@@ -26,7 +26,7 @@ def activation_of(name: str) -> nn.Module:
 
 
 def norm_of(name: str, channels: int) -> nn.Module:
-    """The normalisation called `name` of feature maps of `channels` channels. Groups are 8, and unlike batches leave no statistics."""
+    """The normalisation called `name` of feature maps of `channels` channels; groups are 8, and keep no statistics."""
     norms: dict[str, Callable[[], nn.Module]] = {
         "none": nn.Identity,
         "batch": lambda: nn.BatchNorm2d(channels),
@@ -47,7 +47,9 @@ class Normalize(nn.Module):
         self.mean = torch.as_tensor(mean, dtype=torch.float32).reshape(-1, 1, 1)
         self.std = torch.as_tensor(std, dtype=torch.float32).reshape(-1, 1, 1)
         if self.mean.shape != self.std.shape or not bool((self.std > 0).all()):
-            raise ValueError(f"std must be > 0, one for each channel of mean {self.mean.flatten().tolist()}, got {self.std.flatten().tolist()}")
+            raise ValueError(
+                f"std must be > 0, one for each channel of mean {self.mean.flatten().tolist()}, got {self.std.flatten().tolist()}"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Normalize":
         super()._apply(fn, recurse)

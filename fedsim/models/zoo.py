@@ -5,6 +5,7 @@ drawn by `init` from `rng`; without `rng`, from the same stream each time. Globa
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ def lenet(
 ) -> Classifier:
     """DLG's LeNet (Zhu et al. 2019): `convs` 5x5 convolutions of 12 channels, the first two with stride 2, and one linear layer.
 
-    The authors' code has 3 convolutions, their notebook 4. Nothing pools and a sigmoid is smooth, so its gradient can be
-    differentiated again.
+    The authors' code has 3 convolutions, a variant in use elsewhere 4. Nothing pools and a sigmoid is smooth, so its gradient can
+    be differentiated again.
     """
     if convs < 2:
         raise ValueError(f"convs must be at least 2, got {convs}")
@@ -59,9 +60,9 @@ def mcmahan_cnn(
     init: Init = Default(),
     rng: torch.Generator | None = None,
 ) -> Classifier:
-    """The two-convolution network of McMahan et al. (2017), as the initialization study builds it: 2.16 million parameters on CIFAR-10.
+    """The two-convolution network of McMahan et al. (2017), as the initialization study builds it, with `norm="batch"`.
 
-    Feature maps of a 32x32 image are 30, 16, 14 and 8 wide. The study sets `norm="batch"`.
+    Feature maps of a 32x32 image are 30, 16, 14 and 8 wide, which makes 2.16 million parameters for CIFAR-10.
     """
     channels = image_shape[0]
 
@@ -95,7 +96,7 @@ def mlp(
         channels, height, width = image_shape
         widths = (channels * height * width, *hidden)
         layers: list[nn.Module] = [nn.Flatten()]
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), activation_of(activation), *_dropout(dropout)]
         return nn.Sequential(*layers)
 

@@ -1,0 +1,100 @@
+"""How much of an image came back: pure functions of reconstructed and true images, one number for each image.
+
+Images are (N, C, H, W) with pixels in [0, 1]. Every metric clamps first: an image file cannot hold more, and a float that is cast
+to 8 bits unclamped wraps around (1.01 turns black), which makes a perfect reconstruction look and score like a failure.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+WINDOW = 11  # side of SSIM's Gaussian window, sigma 1.5 (Wang et al. 2004)
+
+
+def _pair(reconstructed: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+    if reconstructed.shape != true.shape or true.dim() != 4:
+        raise ValueError(f"images must be two tensors (N, C, H, W) of one shape, got {_shape(reconstructed)} and {_shape(true)}")
+    return reconstructed.detach().float().clamp(0, 1), true.detach().float().clamp(0, 1)
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def mse(reconstructed: Tensor, true: Tensor) -> Tensor:
+    """Mean squared error over channels and pixels, (N,)."""
+    a, b = _pair(reconstructed, true)
+    return (a - b).square().flatten(1).mean(1)
+
+
+def psnr_db(reconstructed: Tensor, true: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in decibels, 10 log10(1 / MSE), (N,); inf where the images are equal."""
+    return -10 * mse(reconstructed, true).log10()
+
+
+def ssim(reconstructed: Tensor, true: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004), Gaussian window of 11 pixels, data range 1, (N,)."""
+    a, b = _pair(reconstructed, true)
+    if min(a.shape[-2:]) < WINDOW:
+        raise ValueError(f"SSIM's window is {WINDOW} pixels wide, images are {_shape(a)[-2:]}; use mse or psnr_db")
+    from torchmetrics.functional.image import structural_similarity_index_measure  # takes ten seconds to import
+
+    value = structural_similarity_index_measure(a, b, data_range=1.0, kernel_size=WINDOW, sigma=1.5, reduction="none")
+    return value.reshape(len(a))  # type: ignore[union-attr]
+
+
+def label_accuracy(reconstructed: Tensor, true: Tensor) -> float:
+    """Share of a batch's labels found, repetitions counted, in whatever order: the overlap of two multisets."""
+    if reconstructed.shape != true.shape or true.dim() != 1 or not len(true):
+        raise ValueError(f"labels must be two tensors (B,) of one length >= 1, got {_shape(reconstructed)} and {_shape(true)}")
+    classes = int(torch.stack([reconstructed.max(), true.max()]).max()) + 1
+    counts = torch.stack([torch.bincount(labels, minlength=classes) for labels in (reconstructed, true)])
+    return int(counts.amin(0).sum()) / len(true)
+
+
+def align(reconstructed: Tensor, true: Tensor) -> Tensor:
+    """The permutation (B,) for which `reconstructed[permutation]` lies closest to `true` in total squared error.
+
+    A gradient is a mean over its batch, which has no order: a batch is scored after this matching.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    a, b = _pair(reconstructed, true)
+    cost = torch.cdist(b.flatten(1).double(), a.flatten(1).double()).square()
+    return torch.as_tensor(linear_sum_assignment(cost.cpu().numpy())[1], device=reconstructed.device)
+
+
+def success_rate(errors: Tensor, below: float = 0.03) -> float:
+    """Share of reconstructions whose MSE lies below the DLG paper's bar. Many images pass it as a plain colour: see `baselines`."""
+    if not errors.numel():
+        raise ValueError("a success rate needs at least one reconstruction, got none")
+    return float((errors < below).double().mean())
+
+
+def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval for a rate of which `successes` out of `n` were seen (Wilson 1927)."""
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"0 <= successes <= n and n >= 1 must hold, got {successes} of {n}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    rate = successes / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the formula is exact, its rounding is not.
+    return (0.0 if successes == 0 else low), (1.0 if successes == n else high)
+
+
+def baselines(true: Tensor, mean_image: Tensor) -> dict[str, dict[str, Tensor]]:
+    """What knowing nothing scores: `{name: {metric: (N,)}}` of a grey card, the data's mean image, each image's own mean colour."""
+    names: Sequence[tuple[str, Tensor]] = (
+        ("grey", torch.full_like(true, 0.5)),
+        ("mean_image", mean_image.to(true).expand_as(true)),
+        ("mean_colour", true.mean((-2, -1), keepdim=True).expand_as(true)),
+    )
+    metrics = {"mse": mse, "psnr_db": psnr_db} | ({"ssim": ssim} if min(true.shape[-2:]) >= WINDOW else {})
+    return {name: {metric: f(guess, true) for metric, f in metrics.items()} for name, guess in names}

@@ -1,0 +1,240 @@
+"""The `fedsim` command. Nothing heavy is imported before it is needed: `fedsim --help` must not wait for torch."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from experiments.config import Config
+    from fedsim.run import RunFolder
+
+EXAMPLES = """\
+examples:
+  fedsim run data=cifar10 federation=fedsgd defense=topk defense.ratio=0.1 attack=dlg rounds=20 tap.every=5
+  fedsim run -m defense=none,uniform,topk,gaussian seed=0,1,2     all of them, compared in figures
+  fedsim run --resume runs/NAME                                   go on where it stopped
+  fedsim attack runs/NAME attack=idlg                             attack again what was captured
+  fedsim plot runs/NAME runs/OTHER -o figures
+  fedsim list defenses
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 for Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse stops at an option; settings may stand on both sides of it
+        arguments.overrides = [*arguments.overrides, *rest]
+    arguments.command_line = shlex.join(["fedsim", *argv])
+    try:
+        return arguments.do(arguments)
+    except KeyboardInterrupt:
+        print("\nstopped; the folder is readable as it is, and `fedsim run --resume FOLDER` goes on", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError) as error:  # what the user can mend; anything else is a defect and shows its traceback
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of `fedsim list | head` has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "fedsim",
+        description="A privacy laboratory for federated learning: run a federation under an eavesdropper's eyes, see what it steals, "
+        "and what each defense really buys.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = _command(commands, "run", _run, "run a federation, attack it, draw what leaked")
+    run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as defense=topk rounds=50; see `fedsim list`")
+    run.add_argument("-m", "--multirun", action="store_true", help="KEY=A,B runs each value, every combination, and compares")
+    run.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, or the rest of a multirun")
+    run.add_argument("--show-config", action="store_true", help="print the resolved configuration and stop")
+
+    attack = _command(commands, "attack", _attack, "attack again what a run captured")
+    attack.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
+    attack.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="attack=NAME and its settings, such as attack.restarts=3")
+
+    plot = _command(commands, "plot", _plot, "draw the figures of one run, or compare several")
+    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    plot.add_argument("-o", "--out", type=Path, help="folder of the figures (default: RUN/figures)")
+
+    listing = _command(commands, "list", _list, "explain the choices of a kind")
+    listing.add_argument("kind", nargs="?", help="defenses, attacks, models, datasets, … ; all of them if not given")
+
+    _command(commands, "doctor", _doctor, "check the installation, and say what cures what is wrong")
+    return parser
+
+
+def _command(commands: Any, name: str, do: Any, what: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    parser.set_defaults(do=do)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from experiments.config import compose, sweep
+
+    if arguments.resume:
+        if arguments.overrides or arguments.multirun:
+            raise ValueError(f"--resume takes its settings from {arguments.resume}; leave out {' '.join(arguments.overrides) or '-m'}")
+        return _resume(arguments.resume)
+    cells = sweep(arguments.overrides) if arguments.multirun else [arguments.overrides]
+    configs = [compose(cell) for cell in cells]
+    if arguments.show_config:
+        from omegaconf import OmegaConf
+
+        print("---\n".join(OmegaConf.to_yaml(OmegaConf.create(config)) for config in configs), end="")
+        return 0
+    _quiet()
+    from experiments import runner
+    from fedsim.files import write_bytes
+
+    for config in configs:
+        runner.check_config(config)
+    base = Path(configs[0]["out"]) / (configs[0]["name"] or _name(configs, arguments.multirun))
+    if not arguments.multirun:
+        return _finish([runner.start(configs[0], base, arguments.command_line)], base / "figures")
+    import json
+
+    from fedsim.run import RunError
+
+    if base.exists():
+        raise RunError(f"{base} exists already: choose another name=, or resume it with --resume {base}")
+    names = _cell_names(configs)
+    plan = {"command": arguments.command_line, "cells": dict(zip(names, configs, strict=True))}
+    write_bytes(base / "multirun.json", json.dumps(plan, indent=2).encode())
+    return _multirun(base)
+
+
+def _resume(path: Path) -> int:
+    _quiet()
+    from experiments import runner
+    from fedsim.run import RunFolder
+
+    if (path / "multirun.json").is_file():
+        return _multirun(path)
+    folder = RunFolder.open(path)
+    if runner.finished(folder):
+        print(f"{path} is finished: all {folder.config['rounds']} rounds are there")
+    else:
+        runner.check_config(folder.config)
+        runner.resume(folder)
+    return _finish([folder], path / "figures")
+
+
+def _multirun(base: Path) -> int:
+    import json
+
+    from experiments import runner
+    from experiments.progress import console
+    from fedsim.run import RunFolder
+
+    plan = json.loads((base / "multirun.json").read_text())
+    folders = []
+    for number, (name, config) in enumerate(plan["cells"].items(), 1):
+        console.rule(f"{number}/{len(plan['cells'])}  {name}", align="left")
+        path = base / name
+        if not (path / "config.json").exists():
+            folder = runner.start(config, path, plan["command"])
+        else:
+            folder = RunFolder.open(path)
+            if not runner.finished(folder):
+                runner.resume(folder)
+        folders.append(folder)
+    return _finish(folders, base / "figures")
+
+
+def _finish(folders: "list[RunFolder]", figures: Path) -> int:
+    from experiments.plots import draw, summary
+    from experiments.progress import console
+
+    console.print(summary(folders))
+    for path in draw(folders, figures):
+        console.print(f"  {path}")
+    return 0
+
+
+def _attack(arguments: argparse.Namespace) -> int:
+    from experiments.config import build_checked, compose
+
+    overrides = arguments.overrides
+    for override in overrides:
+        if override.split("=", 1)[0].split(".", 1)[0] != "attack":
+            raise ValueError(f"{override!r} is not a setting of an attack; the rest is as the run was made: attack=NAME attack.KEY=VALUE")
+    config = compose(overrides)
+    if not config["attack"]:
+        raise ValueError("attack=none attacks nothing; see `fedsim list attacks`")
+    attack = build_checked("attack", config["attack"])
+    _quiet()
+    from experiments import runner
+    from fedsim.run import iterate
+
+    folders = iterate([arguments.run])
+    for folder in folders:
+        runner.attack_again(folder, attack, config["choices"]["attack"])
+    return _finish(folders, arguments.run / "figures")
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from fedsim.run import iterate
+
+    return _finish(iterate(arguments.runs), arguments.runs[0] / "figures" if arguments.out is None else arguments.out)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from experiments.config import GROUPS, choices
+    from fedsim.checks import one_of
+
+    kinds = {"datasets": "data", "partitions": "partition", "models": "model", "initializations": "model/init"}
+    kinds |= {"protocols": "federation", "strategies": "strategy", "defenses": "defense", "attacks": "attack", "engines": "engine"}
+    assert set(kinds.values()) == set(GROUPS)
+    if arguments.kind is not None:
+        one_of("kind", arguments.kind, kinds)
+    for kind in [arguments.kind] if arguments.kind else kinds:
+        print(f"{kind}  ({kinds[kind]}=NAME)")
+        for name, what in choices(kinds[kind]).items():
+            print(f"  {name:20s} {what}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from experiments.doctor import examine
+
+    return examine()
+
+
+def _quiet() -> None:
+    from fedsim.quiet import quiet
+
+    quiet()
+
+
+def _name(configs: "list[Config]", multirun: bool) -> str:
+    import time
+
+    chosen = configs[0]["choices"]
+    what = "compare" if multirun else f"{chosen['defense']}-{chosen['attack']}"
+    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{what}"
+
+
+def _cell_names(configs: "list[Config]") -> list[str]:
+    from experiments.config import label
+
+    names = [f"{label(config)}_{config['choices']['attack']}_seed={config['seed']}".replace(" ", "_").replace("/", "-") for config in configs]
+    return [name if names.count(name) == 1 else f"{i:03d}_{name}" for i, name in enumerate(names)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
