@@ -57,7 +57,8 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 @dataclass
 class LBFGSState(State):
     """point, value, gradient: the last accepted step. direction, slope, t, low, high: its line search, `low` satisfies Armijo's
-    condition and `high` does not. s, y, rho: the last pairs, newest at (pairs - 1) % history."""
+    condition and `high` does not. memory (P, 2m, D): the last m steps s and, after them, gradient differences y; the newest at
+    (pairs - 1) % m. sy, yy (P, m, m): their inner products, for s no younger than y."""
 
     point: Tensor
     gradient: Tensor
@@ -70,9 +71,9 @@ class LBFGSState(State):
     high: Tensor
     high_value: Tensor
     trials: Tensor
-    s: Tensor
-    y: Tensor
-    rho: Tensor
+    memory: Tensor
+    sy: Tensor
+    yy: Tensor
     pairs: Tensor
 
 
@@ -111,7 +112,7 @@ class LBFGS:
         p, d = points.shape
         zero, inf = points.new_zeros(p), points.new_full((p,), math.inf)
         count = torch.zeros(p, dtype=torch.int64, device=points.device)
-        memory = points.new_zeros(p, self.history, d)
+        products = torch.zeros(p, self.history, self.history, dtype=torch.float64, device=points.device)
         return LBFGSState(
             trial=points.clone(),
             best=points.clone(),
@@ -128,9 +129,9 @@ class LBFGS:
             high=inf.clone(),
             high_value=inf.clone(),
             trials=count.clone(),
-            s=memory,
-            y=memory.clone(),
-            rho=points.new_zeros(p, self.history),
+            memory=points.new_zeros(p, 2 * self.history, d),
+            sy=products,
+            yy=products.clone(),
             pairs=count.clone(),
         )
 
@@ -190,11 +191,11 @@ class LBFGS:
         # Pairs of hardly any curvature would blow up the inverse Hessian.
         useful = ~first & (sy > 1e-10 * yy.sqrt() * _dot(s, s).sqrt())
         at, slot = rows[useful], state.pairs[rows[useful]] % self.history
-        state.s[at, slot], state.y[at, slot], state.rho[at, slot] = s[useful], y[useful], 1 / sy[useful]
+        state.memory[at, slot], state.memory[at, self.history + slot] = s[useful], y[useful]
         state.pairs[at] += 1
         state.point[rows] = state.best[rows] = state.trial[rows]
         state.gradient[rows], state.loss[rows] = gradient, loss
-        direction = self._direction(state, rows, gradient)
+        direction = self._direction(state, rows, at)
         slope = _dot(direction, gradient)
         size = (_dot(gradient, gradient) * _dot(direction, direction)).sqrt()
         uphill = ~(slope < -1e-8 * size)  # also where it is not a number
@@ -219,26 +220,46 @@ class LBFGS:
         state.low[rows], state.low_value[rows], state.low_slope[rows] = 0, state.loss[rows], slope
         state.high[rows] = state.high_value[rows] = math.inf
 
-    def _direction(self, state: LBFGSState, rows: Tensor, gradient: Tensor) -> Tensor:
-        """Minus the inverse Hessian times the gradient, by the two-loop recursion."""
-        pairs = state.pairs[rows]
-        q = gradient.clone()
-        deepest = min(int(pairs.max()), self.history)
-        memory = []
-        for age in range(1, deepest + 1):  # newest first
-            slot = (pairs - age) % self.history
-            s, y = state.s[rows, slot], state.y[rows, slot]
-            rho = torch.where(pairs >= age, state.rho[rows, slot], 0)
-            alpha = rho * _dot(s, q)
-            q.addcmul_(alpha[:, None], y, value=-1)
-            memory.append((s, y, rho, alpha))
-        if memory:
-            s, y, rho, _ = memory[0]
-            scale = torch.where(pairs > 0, _ratio(_ratio(torch.ones_like(rho), rho), _dot(y, y)), 1)
-            q *= scale[:, None]
-        for s, y, rho, alpha in reversed(memory):
-            q.addcmul_((alpha - rho * _dot(y, q))[:, None], s)
-        return q.neg_()
+    def _direction(self, state: LBFGSState, rows: Tensor, renewed: Tensor) -> Tensor:
+        """Minus the inverse Hessian times the gradient at these rows; `renewed` are those whose newest pair is new.
+
+        In the compact form of Byrd, Nocedal & Schnabel (1994), theorem 2.2: the two loops of the recursion are two triangular
+        systems in the inner products of the pairs, so the memory, which is large, is read twice instead of 4m times.
+        """
+        m = self.history
+        count = state.pairs[:, None]
+        age = torch.arange(m - 1, -1, -1, device=count.device)  # oldest first, newest last
+        slot = (count - 1 - age) % m
+        newest = slot[:, -1]
+        latest = state.memory[torch.arange(len(newest), device=newest.device), m + newest]
+        # This way round: (2, D) @ (D, 2m) takes a quarter of the time of (2m, D) @ (D, 2).
+        products = (torch.stack([latest, state.gradient], 1) @ state.memory.mT).double()
+        at = newest[renewed]
+        state.sy[renewed, :, at] = products[renewed, 0, :m]
+        state.yy[renewed, :, at] = state.yy[renewed, at, :] = products[renewed, 0, m:]
+        # From here on rows only, in the order of age; places not filled yet become equations 1 x = 0.
+        slot, filled = slot[rows], (age < count)[rows]
+        both = filled[:, :, None] & filled[:, None, :]
+
+        def ordered(square: Tensor) -> Tensor:
+            place = slot[:, :, None].expand(-1, m, m)
+            return torch.where(both, square[rows].gather(1, place).gather(2, place.mT), 0)
+
+        diagonal = torch.where(filled, state.sy[rows].diagonal(dim1=1, dim2=2).gather(1, slot), 1)
+        upper = ordered(state.sy).triu(1) + torch.diag_embed(diagonal)
+        yy = ordered(state.yy)
+        sg, yg = (torch.where(filled, part[rows].gather(1, slot), 0) for part in products[:, 1].split(m, 1))
+        last = yy[:, -1, -1]
+        scale = torch.where(last > 0, diagonal[:, -1] / torch.where(last > 0, last, 1), 1)[:, None]
+        first = torch.linalg.solve_triangular(upper, sg[:, :, None], upper=True)
+        inner = diagonal * first.squeeze(2) - scale * (yg - (yy @ first).squeeze(2))
+        second = torch.linalg.solve_triangular(upper.mT, inner[:, :, None], upper=False)
+        weights = torch.cat([second.squeeze(2), -scale * first.squeeze(2)], 1)
+        place = torch.cat([slot, m + slot], 1)
+        spread = torch.zeros(len(count), 2 * m, dtype=state.memory.dtype, device=count.device)
+        spread[rows] = torch.zeros_like(weights).scatter(1, place, weights).to(spread.dtype)
+        combined = (spread[:, None, :] @ state.memory).squeeze(1)
+        return -(scale.to(combined.dtype) * state.gradient[rows] + combined[rows])
 
 
 @dataclass

@@ -31,7 +31,7 @@ class Chain:
         if not parts:
             raise ValueError("a chain needs at least one defense, got none; for no defense use NoDefense()")
         for part in parts:
-            if not isinstance(part, Defense):
+            if not _is_defense(part):
                 raise TypeError(f"a chain is made of defenses, got {part!r}")
         object.__setattr__(self, "parts", tuple(parts))
 
@@ -57,7 +57,7 @@ class ErrorFeedback:
     inner: Defense
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Defense):
+        if not _is_defense(self.inner):
             raise TypeError(f"error feedback wraps a defense, got {self.inner!r}")
 
     def init(self, like: Update) -> State:
@@ -70,6 +70,10 @@ class ErrorFeedback:
         sent, inner = self.inner(pack(wanted), _within("inner/", state), rng)
         dropped = {f"residual/{name}": wanted[name] - t for name, t in unpack(sent).items()}
         return sent, dropped | {f"inner/{key}": t for key, t in inner.items()}
+
+
+def _is_defense(value: object) -> bool:
+    return isinstance(value, Defense) and not isinstance(value, type)  # `TopK` in place of `TopK(0.1)` has all methods as well
 
 
 def _within(prefix: str, state: State) -> State:

@@ -20,7 +20,10 @@ def card(setup: Setup, tap: Tap, attack: str, defense: str) -> list[tuple[str, s
     return [
         ("attacker", "honest but curious: reads the wire, changes nothing, is not told the defense"),
         ("weights", "seen: those broadcast each round"),
-        ("update", f"seen, as the defense ({defense}) left it: " + ("the gradient of one batch" if one_gradient else "weights moved")),
+        (
+            "update",
+            f"seen, as the defense ({defense}) left it: " + ("the gradient of one batch" if one_gradient else "weights moved"),
+        ),
         ("labels", "not told"),
         ("batch size", f"told: {protocol.batch_size}" + ("" if one_gradient else f" a step, out of {len(setup.shards[0])} images")),
         ("local steps", f"told: {steps}"),
@@ -38,7 +41,9 @@ def obstacles(setup: Setup, attack: str) -> list[tuple[str, str]]:
     steps = _steps(setup)
     if steps > 1:
         grade = "hopeless" if steps > 5 else "weak"
-        found.append((grade, f"{steps} local steps: {attack} explains one gradient; federation=fedsgd, or federation.steps=1, shows it"))
+        found.append(
+            (grade, f"{steps} local steps: {attack} explains one gradient; federation=fedsgd, or federation.steps=1, shows it")
+        )
     if isinstance(protocol, FedAvg) and protocol.momentum and steps > 1:
         found.append(("weak", f"local momentum {protocol.momentum:g}: later steps repeat earlier gradients; federation.momentum=0"))
     if isinstance(protocol, FedAvg) and protocol.weight_decay:
@@ -55,7 +60,9 @@ def obstacles(setup: Setup, attack: str) -> list[tuple[str, str]]:
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
             found.append(("weak", "BatchNorm in training mode normalises by the unseen batch; federation.train_mode=false"))
     if attack in ("dlg", "idlg") and any(isinstance(m, nn.ReLU) for m in modules):
-        found.append(("weak", "ReLU's second derivative is zero, so L-BFGS sees little; model.activation=sigmoid, or inverting_gradients"))
+        found.append(
+            ("weak", "ReLU's second derivative is zero, so L-BFGS sees little; model.activation=sigmoid, or inverting_gradients")
+        )
     return found
 
 

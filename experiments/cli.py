@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     run = _command(commands, "run", _run, "run a federation, attack it, draw what leaked")
-    run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as defense=topk rounds=50; see `fedsim list`")
+    run.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as defense=topk rounds=50; see `fedsim list`"
+    )
     run.add_argument("-m", "--multirun", action="store_true", help="KEY=A,B runs each value, every combination, and compares")
     run.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, or the rest of a multirun")
     run.add_argument("--show-config", action="store_true", help="print the resolved configuration and stop")
@@ -88,7 +90,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.resume:
         if arguments.overrides or arguments.multirun:
-            raise ValueError(f"--resume takes its settings from {arguments.resume}; leave out {' '.join(arguments.overrides) or '-m'}")
+            raise ValueError(
+                f"--resume takes its settings from {arguments.resume}; leave out {' '.join(arguments.overrides) or '-m'}"
+            )
         return _resume(arguments.resume)
     cells = sweep(arguments.overrides) if arguments.multirun else [arguments.overrides]
     configs = [compose(cell) for cell in cells]
@@ -172,7 +176,9 @@ def _attack(arguments: argparse.Namespace) -> int:
     overrides = arguments.overrides
     for override in overrides:
         if override.split("=", 1)[0].split(".", 1)[0] != "attack":
-            raise ValueError(f"{override!r} is not a setting of an attack; the rest is as the run was made: attack=NAME attack.KEY=VALUE")
+            raise ValueError(
+                f"{override!r} is not a setting of an attack; the rest is as the run was made: attack=NAME attack.KEY=VALUE"
+            )
     config = compose(overrides)
     if not config["attack"]:
         raise ValueError("attack=none attacks nothing; see `fedsim list attacks`")
@@ -232,7 +238,10 @@ def _name(configs: "list[Config]", multirun: bool) -> str:
 def _cell_names(configs: "list[Config]") -> list[str]:
     from experiments.config import label
 
-    names = [f"{label(config)}_{config['choices']['attack']}_seed={config['seed']}".replace(" ", "_").replace("/", "-") for config in configs]
+    names = [
+        f"{label(config)}_{config['choices']['attack']}_seed={config['seed']}".replace(" ", "_").replace("/", "-")
+        for config in configs
+    ]
     return [name if names.count(name) == 1 else f"{i:03d}_{name}" for i, name in enumerate(names)]
 
 

@@ -62,7 +62,9 @@ def _torchvision() -> Finding:
         return PASS, torchvision.__version__, ""
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         # "operator torchvision::nms does not exist" is what a CPU-only torch with an ordinary torchvision says.
-        cure = "torch and torchvision come from different builds: pip install --force-reinstall torch torchvision, both from one index"
+        cure = (
+            "torch and torchvision come from different builds: pip install --force-reinstall torch torchvision, both from one index"
+        )
         return FAIL, str(error).splitlines()[0], cure
 
 
@@ -108,7 +110,11 @@ def _disk() -> Finding:
     found = f"{free:.0f} GB free here"
     if not os.access(Path.cwd(), os.W_OK):
         return WARN, f"{Path.cwd()} is read-only", "give run folders another place: out=FOLDER"
-    return (PASS, found, "") if free > 2 else (WARN, found, "observations and checkpoints take room: choose another place with out=FOLDER")
+    return (
+        (PASS, found, "")
+        if free > 2
+        else (WARN, found, "observations and checkpoints take room: choose another place with out=FOLDER")
+    )
 
 
 def _offline() -> Finding:
@@ -116,5 +122,9 @@ def _offline() -> Finding:
 
     changed = [f"{name}={os.environ[name]}" for name, value in SWITCHES.items() if os.environ[name] != value]
     if changed:
-        return WARN, f"changed by your environment: {' '.join(changed)}", f"to stay offline: unset {' '.join(c.split('=')[0] for c in changed)}"
+        return (
+            WARN,
+            f"changed by your environment: {' '.join(changed)}",
+            f"to stay offline: unset {' '.join(c.split('=')[0] for c in changed)}",
+        )
     return PASS, "Flower's and Ray's telemetry and update checks are off", ""

@@ -70,7 +70,9 @@ def tables(folders: Sequence[RunFolder]) -> tuple[pd.DataFrame, pd.DataFrame]:
         about = {"run": str(folder.path), "defense": label(config), "seed": config["seed"]}
         rounds.append(folder.rounds().assign(**about))
         leaks.append(folder.leaks().assign(**about))
-    all_rounds = pd.concat([table for table in rounds if len(table)] or [pd.DataFrame(columns=["accuracy", "defense"])], ignore_index=True)
+    all_rounds = pd.concat(
+        [table for table in rounds if len(table)] or [pd.DataFrame(columns=["accuracy", "defense"])], ignore_index=True
+    )
     all_rounds["accuracy"] = all_rounds["accuracy"].astype(float)
     return all_rounds, pd.concat([table for table in leaks if len(table)] or [pd.DataFrame()], ignore_index=True)
 
@@ -79,8 +81,21 @@ def summary(folders: Sequence[RunFolder]) -> Table:
     """What each defense costs and what it stops, with n and 95 % Wilson intervals."""
     rounds, leaks = tables(folders)
     attacks = sorted(leaks["attack"].unique()) if len(leaks) else [None]
-    table = Table(title=f"stolen: MSE < {STOLEN_MSE} on pixels in [0, 1]; the attacker does not know the defense", title_justify="left")
-    for column in ("defense", "attack", "accuracy", "sent", "stolen", "95 % interval", "not converged", "median PSNR", "SSIM", "labels"):
+    table = Table(
+        title=f"stolen: MSE < {STOLEN_MSE} on pixels in [0, 1]; the attacker does not know the defense", title_justify="left"
+    )
+    for column in (
+        "defense",
+        "attack",
+        "accuracy",
+        "sent",
+        "stolen",
+        "95 % interval",
+        "not converged",
+        "median PSNR",
+        "SSIM",
+        "labels",
+    ):
         table.add_column(column, justify="left" if column in ("defense", "attack") else "right")
     for defense in _in_order(rounds["defense"]):
         of = rounds[rounds["defense"] == defense]
@@ -131,7 +146,9 @@ def _band(axes: Axes, table: pd.DataFrame, x: str, y: str, name: str, index: int
     by = table.dropna(subset=y).groupby(x)[y]
     mean, low, high = by.mean(), by.min(), by.max()
     runs = table["run"].nunique()
-    axes.plot(mean.index, mean, label=name + (f" ({runs} seeds)" if runs > 1 else ""), markersize=5, **_look(index), **_thin(len(mean)))
+    axes.plot(
+        mean.index, mean, label=name + (f" ({runs} seeds)" if runs > 1 else ""), markersize=5, **_look(index), **_thin(len(mean))
+    )
     if runs > 1:
         axes.fill_between(mean.index, low, high, color=COLOURS[index % len(COLOURS)], alpha=0.15, linewidth=0)
 
@@ -185,9 +202,18 @@ def _leak(leaks: pd.DataFrame) -> Figure:
         look = _look(i)
         done = of["converged"].astype(bool)
         axes.scatter(x[done], of["psnr_db"][done], s=22, color=look["color"], marker=look["marker"], alpha=0.6, linewidth=0)
-        axes.scatter(x[~done], of["psnr_db"][~done], s=22, facecolor="none", edgecolor=look["color"], marker=look["marker"], alpha=0.8)
+        axes.scatter(
+            x[~done], of["psnr_db"][~done], s=22, facecolor="none", edgecolor=look["color"], marker=look["marker"], alpha=0.8
+        )
         median = of.groupby("round")["psnr_db"].median()
-        axes.plot([place[r] + (i - (len(defenses) - 1) / 2) * 0.12 for r in median.index], median, label=defense, color=look["color"], marker=look["marker"], markersize=6)
+        axes.plot(
+            [place[r] + (i - (len(defenses) - 1) / 2) * 0.12 for r in median.index],
+            median,
+            label=defense,
+            color=look["color"],
+            marker=look["marker"],
+            markersize=6,
+        )
     bar = -10 * np.log10(STOLEN_MSE)
     axes.axhline(bar, color="#444444", linestyle="--", linewidth=1)
     axes.text(len(every) - 0.5, bar, f"stolen: MSE < {STOLEN_MSE} ", ha="right", va="bottom", fontsize=8, color="#444444")
@@ -233,14 +259,20 @@ def _pictures(folders: Sequence[RunFolder], leaks: pd.DataFrame, columns: int = 
         if len(folder.leaks()):
             first.setdefault(label(folder.config), folder)
     attack = leaks["attack"].iloc[0]
-    shown = [(name, f, f.leaks()[f.leaks()["attack"] == attack].set_index(["round", "client", "image"])) for name, f in first.items()]
+    shown = [
+        (name, f, f.leaks()[f.leaks()["attack"] == attack].set_index(["round", "client", "image"])) for name, f in first.items()
+    ]
     victims = shown[0][2].index
     for _, _, table in shown[1:]:
         victims = victims.intersection(table.index)
     victims = victims.sort_values()[np.unique(np.linspace(0, len(victims) - 1, columns).round().astype(int))]
     setup = setup_of(shown[0][1].config)
     figure, grid = plt.subplots(
-        len(shown) + 1, len(victims), figsize=(1.05 * len(victims) + 1.3, 1.22 * (len(shown) + 1) + 0.5), squeeze=False, layout="constrained"
+        len(shown) + 1,
+        len(victims),
+        figsize=(1.05 * len(victims) + 1.3, 1.22 * (len(shown) + 1) + 0.5),
+        squeeze=False,
+        layout="constrained",
     )
     for row, (name, folder, table) in enumerate(shown, 1):
         errors = table.loc[victims, "mse"].to_numpy()
@@ -250,7 +282,11 @@ def _pictures(folders: Sequence[RunFolder], leaks: pd.DataFrame, columns: int = 
             made = folder.reconstructions(attack, round)[client][image]
             _picture(axes, made)
             leak = table.loc[(round, client, image)]
-            axes.set_xlabel(f"{leak['psnr_db']:.1f} dB" + ("" if leak["converged"] or leak["verdict"] == "stolen" else " ?"), fontsize=8, labelpad=1)
+            axes.set_xlabel(
+                f"{leak['psnr_db']:.1f} dB" + ("" if leak["converged"] or leak["verdict"] == "stolen" else " ?"),
+                fontsize=8,
+                labelpad=1,
+            )
             if column in (worst, median):
                 _frame(axes, WORST if column == worst else MEDIAN)
             truth = setup.truth(round, client)[0].cpu()
@@ -261,10 +297,19 @@ def _pictures(folders: Sequence[RunFolder], leaks: pd.DataFrame, columns: int = 
                 images = folder.reconstructions(attack, round)[client]
                 _picture(grid[0][column], truth[align(images, truth)][image])
                 grid[0][column].set_title(f"round {round}\nclient {client}", fontsize=8)
-        grid[row][0].set_ylabel(f"stolen\n{name}" if name == "none" else f"despite\n{name.replace(' ', chr(10))}", fontsize=8, rotation=0, ha="right", va="center")
+        grid[row][0].set_ylabel(
+            f"stolen\n{name}" if name == "none" else f"despite\n{name.replace(' ', chr(10))}",
+            fontsize=8,
+            rotation=0,
+            ha="right",
+            va="center",
+        )
     grid[0][0].set_ylabel("original", fontsize=8, rotation=0, ha="right", va="center")
     config = shown[0][1].config
-    figure.suptitle(f"{setup.dataset.name}, {config['choices']['model']}, {attack}. Orange: worst leak of the row; blue: median; ?: not converged", fontsize=9)
+    figure.suptitle(
+        f"{setup.dataset.name}, {config['choices']['model']}, {attack}. Orange: worst leak of the row; blue: median; ?: not converged",
+        fontsize=9,
+    )
     return figure
 
 

@@ -1,5 +1,6 @@
 """What a run says while it goes: a live line in a terminal, plain lines elsewhere."""
 
+import sys
 import time
 from types import TracebackType
 
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from fedsim.federation import Round
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 132)
 
 
 def size(count: float) -> str:

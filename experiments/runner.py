@@ -129,9 +129,7 @@ def attack_again(folder: RunFolder, attack: Any, name: str) -> None:
     console.print(f"  {name}: {progress.leak()}; {folder.path}")
 
 
-def _attack(
-    setup: Setup, folder: RunFolder, attack: Any, name: str, seen: Sequence[Observation], progress: Progress
-) -> list[str]:
+def _attack(setup: Setup, folder: RunFolder, attack: Any, name: str, seen: Sequence[Observation], progress: Progress) -> list[str]:
     began = time.perf_counter()
     found = scoring.attacked(setup, attack, seen, generator(setup.seed, "attack"), progress.attacking)
     rows = scoring.leaks(setup, name, seen, found)

@@ -12,7 +12,9 @@ from fedsim.run import on_device
 from fedsim.setup import Setup, model_of, one_thread
 from fedsim.updates import relative_error
 
-STOLEN_MSE = 0.03  # the bar of Zhu et al. 2019; a card of the image's mean colour passes it on a third of CIFAR-10, so see the baselines
+STOLEN_MSE = (
+    0.03  # the bar of Zhu et al. 2019; a card of the image's mean colour passes it on a third of CIFAR-10, so see the baselines
+)
 
 
 def knowledge(setup: Setup) -> Knowledge:
@@ -33,9 +35,7 @@ def knowledge(setup: Setup) -> Knowledge:
     )
 
 
-def leaks(
-    setup: Setup, attack: str, seen: Sequence[Observation], found: Sequence[Reconstruction]
-) -> list[dict[str, Any]]:
+def leaks(setup: Setup, attack: str, seen: Sequence[Observation], found: Sequence[Reconstruction]) -> list[dict[str, Any]]:
     """One row for each image that was attacked, with the trivial baselines beside it."""
     return [row for one, made in zip(seen, found, strict=True) for row in _rows(setup, attack, one, made)]
 

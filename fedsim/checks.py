@@ -20,11 +20,12 @@ def number(name: str, value: object, low: float = -math.inf, high: float = math.
         raise ValueError(f"{name} must be a {'finite number' if low == -math.inf else f'number {span}'}, got {value!r}")
 
 
-def one_of(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raises ValueError unless `value` is one of `choices`, naming them and the nearest."""
+def one_of(name: str, value: str, choices: Iterable[str]) -> str:
+    """`value`, or a ValueError that names all of `choices` and the nearest."""
     choices = list(choices)
     if value not in choices:
         raise ValueError(f"unknown {name} {value!r}: {nearest(str(value), choices)}choices: {', '.join(choices)}")
+    return value
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -42,7 +42,11 @@ def client_app(config: Config, memory: str | None = None) -> ClientApp:
         index = setup.protocol.batches(setup.shards[client], setup.seed, round, client)
         with _dropout_seeded(model, seed_of(setup.seed, "dropout", round, client)):
             trained = setup.protocol.train(
-                model, params, buffers, (setup.batch(i) for i in index), proximal=float(order.get("proximal-mu", 0.0))  # type: ignore[arg-type]
+                model,
+                params,
+                buffers,
+                (setup.batch(i) for i in index),
+                proximal=float(order.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
             )
         packets, state = setup.defense(
             pack(trained.update),

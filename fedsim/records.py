@@ -1,5 +1,6 @@
 """Between tensors and Flower's records. Everything that crosses the wire is made and read here."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -19,12 +20,25 @@ def arrays_of(*tensors: Mapping[str, Tensor]) -> ArrayRecord:
 
 
 def tensors_of(arrays: ArrayRecord, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Flower arrays as tensors. float64 arrives from strategies such as FedAdam; models are float32."""
-    return {name: _tensor(array.numpy()).to(device) for name, array in arrays.items()}
+    """Flower arrays as tensors of their own. float64 arrives from strategies such as FedAdam; models are float32."""
+    return {name: _tensor(numpy_of(array)).to(device) for name, array in arrays.items()}
 
 
 def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=np.float32 if array.dtype == np.float64 else None))
+
+
+def numpy_of(array: Array) -> np.ndarray:
+    """A read-only view of an array's data.
+
+    Equal to `array.numpy()`, which parses the header of the NPY format as Python source: 0.1 ms for each tensor of each client, more
+    than the rest of a small client's message. Flower states dtype and shape beside it, so only the header's length is read.
+    """
+    data = array.data
+    if array.stype != "numpy.ndarray" or data[:8] != b"\x93NUMPY\x01\x00" or b"'fortran_order': False" not in data[:128]:
+        return array.numpy()
+    start = 10 + int.from_bytes(data[8:10], "little")
+    return np.frombuffer(data, dtype=array.dtype, offset=start).reshape(array.shape)
 
 
 def reply_of(packets: Packets, buffers: Mapping[str, Tensor], num_examples: int, loss: float, client: int) -> RecordDict:
@@ -40,11 +54,9 @@ def reply_of(packets: Packets, buffers: Mapping[str, Tensor], num_examples: int,
     )
 
 
-def observation_of(
-    reply: RecordDict, params: dict[str, Tensor], buffers: dict[str, Tensor], round: int
-) -> Observation:
+def observation_of(reply: RecordDict, params: dict[str, Tensor], buffers: dict[str, Tensor], round: int) -> Observation:
     """What a reply shows to someone on its way. Raises ValueError when the packets are not packets."""
-    packets = {name: from_bytes(array.numpy().tobytes()) for name, array in reply.array_records[PACKETS].items()}
+    packets = {name: from_bytes(numpy_of(array).data) for name, array in reply.array_records[PACKETS].items()}
     return Observation(
         params=params,
         packets=packets,
@@ -58,4 +70,8 @@ def observation_of(
 
 def wire_bytes(content: RecordDict) -> int:
     """Payload bytes of all arrays of a message, without Flower's own framing."""
-    return sum(array.numpy().nbytes for record in content.array_records.values() for array in record.values())
+    return sum(
+        math.prod(array.shape) * np.dtype(array.dtype).itemsize
+        for record in content.array_records.values()
+        for array in record.values()
+    )

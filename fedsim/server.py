@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedsim.observation import Observation
-from fedsim.records import ARRAYS, METRICS, SENDER, arrays_of, observation_of, tensors_of, wire_bytes
+from fedsim.records import ARRAYS, METRICS, SENDER, arrays_of, numpy_of, observation_of, tensors_of, wire_bytes
 from fedsim.seeding import seed_of
 
 log = logging.getLogger(__name__)
@@ -31,19 +31,13 @@ class Forwarding(Strategy):
     def __init__(self, inner: Strategy) -> None:
         self.inner = inner
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         return self.inner.configure_train(server_round, arrays, config, grid)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         return self.inner.aggregate_train(server_round, replies)
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         return self.inner.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -67,15 +61,11 @@ class UpdateStrategy(Forwarding):
         self.scale = scale
         self._sent: dict[str, Tensor] = {}
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         self._sent = tensors_of(arrays)
         return super().configure_train(server_round, arrays_of(self._sent), config, grid)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         replies = list(replies)
         weights = [self._weights(reply, server_round) if reply.has_content() else reply for reply in sorted(replies, key=_sender)]
         arrays, metrics = super().aggregate_train(server_round, weights)
@@ -84,7 +74,8 @@ class UpdateStrategy(Forwarding):
     def _weights(self, reply: Message, server_round: int) -> Message:
         params = {name: t for name, t in self._sent.items() if name not in self.buffers}
         seen = observation_of(reply.content, params, {}, server_round)
-        after = {name: t - self.scale * seen.update[name] for name, t in params.items()}
+        update = seen.update
+        after = {name: t - self.scale * update[name] for name, t in params.items()}
         content = RecordDict({ARRAYS: arrays_of(after, seen.sent_buffers), METRICS: reply.content.metric_records[METRICS]})
         return _with_content(reply, content)
 
@@ -92,7 +83,7 @@ class UpdateStrategy(Forwarding):
         # BatchNorm counts its batches in int64, and a strategy averages everything into floats.
         return ArrayRecord(
             {
-                name: Array(array.numpy().astype(self._sent[name].numpy().dtype).reshape(tuple(self._sent[name].shape)))
+                name: Array(numpy_of(array).astype(self._sent[name].numpy().dtype).reshape(tuple(self._sent[name].shape)))
                 for name, array in arrays.items()
             }
         )
@@ -128,15 +119,11 @@ class EavesdroppingStrategy(Forwarding):
         self.buffers = frozenset(buffers)
         self._sent = ArrayRecord()
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         self._sent = arrays
         return super().configure_train(server_round, arrays, config, grid)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         replies = list(replies)
         by_client = {_sender(reply): reply.content for reply in replies if reply.has_content()}
         if chosen := sorted(self.choose(server_round, sorted(by_client))):
@@ -161,17 +148,13 @@ class MeteredStrategy(Forwarding):
         self.train_metrics: MetricRecord | None = None
         self.evaluate_metrics: MetricRecord | None = None
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         messages = list(super().configure_train(server_round, arrays, config, grid))
         self.bytes_down = sum(wire_bytes(message.content) for message in messages)
         self.failures = len(messages)
         return messages
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         replies = list(replies)
         answers = [reply for reply in replies if reply.has_content()]
         for reply in replies:
@@ -203,20 +186,14 @@ class SeededStrategy(Forwarding):
         super().__init__(inner)
         self.seed, self.nodes, self.after = seed, list(nodes), after
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         with _random_seeded(seed_of(self.seed, "clients", server_round + self.after)):
             return list(super().configure_train(server_round + self.after, arrays, config, _Ordered(grid, self.nodes)))
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         return super().aggregate_train(server_round + self.after, replies)
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         with _random_seeded(seed_of(self.seed, "evaluators", server_round + self.after)):
             return list(super().configure_evaluate(server_round + self.after, arrays, config, _Ordered(grid, self.nodes)))
 

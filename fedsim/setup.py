@@ -79,7 +79,9 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"device {name!r} is not usable here, take device=auto or device=cpu: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"device {name!r} is not usable here, take device=auto or device=cpu: {str(error).splitlines()[0]}"
+        ) from None
     return device
 
 
@@ -119,4 +121,3 @@ def one_thread() -> None:
     """Makes this thread compute on one core: parallelism is across clients, and numbers must not depend on the number of cores."""
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
-

@@ -122,7 +122,7 @@ def to_bytes(packet: Packet) -> bytes:
     return b"".join(parts)
 
 
-def from_bytes(data: bytes) -> Packet:
+def from_bytes(data: bytes | memoryview) -> Packet:
     """The packet that `to_bytes` wrote. Raises ValueError when the bytes are not a packet."""
     try:
         return _read(memoryview(data))
@@ -132,10 +132,14 @@ def from_bytes(data: bytes) -> Packet:
 
 def _read(data: memoryview) -> Packet:
     flags, dimensions = struct.unpack_from("<BB", data)
+    if flags > 7 or flags & 3 == 2:
+        raise ValueError(f"a packet has no flags {flags:#x}")
     at = 2
     shape = struct.unpack_from(f"<{dimensions}I", data, at)
     at += 4 * dimensions
     k = n = math.prod(shape)
+    if n >= 2**32:
+        raise ValueError(f"a packet has fewer than 2**32 entries, got more in {dimensions} dimensions")
     support = None
     if flags & 1:
         (k,) = struct.unpack_from("<I", data, at)
@@ -148,8 +152,8 @@ def _read(data: memoryview) -> Packet:
             length = _bytes_of(k, _index_bits(n))
             support = torch.from_numpy(_unpack_bits(_slice(data, at, length), k, _index_bits(n)))
         at += length
-        if len(support) != k or (k and int(support[-1]) >= n):
-            raise ValueError(f"a packet of {n} entries claims {k} values at {len(support)} places")
+        if len(support) != k or (k and int(support[-1]) >= n) or bool((support.diff() <= 0).any()):
+            raise ValueError(f"a packet of {n} entries claims {k} values at {len(support)} places, some twice or beyond its end")
     grid = None
     if flags & 4:
         grid = Grid(*struct.unpack_from("<ffB", data, at))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.data.names import one_of
+from fedsim.checks import one_of
 from fedsim.seeding import generator, seed_of
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedsim.checks import one_of
 from fedsim.data import cache, synthetic
 from fedsim.data.images import Dataset, Images
-from fedsim.data.names import one_of
 from fedsim.seeding import generator
 
 CACHE_VERSION = 1  # raise it when the same files would be decoded to other tensors

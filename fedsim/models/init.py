@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from fedsim.data.names import one_of
+from fedsim.checks import one_of
 
 DISTRIBUTIONS = ("uniform", "normal")
 

@@ -1,0 +1,43 @@
+"""What every test relies on: nothing is fetched, one thread, and caches in a folder that goes away with the session."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedsim.quiet import quiet
+
+# These are read when packages are imported, and so are set before any test file is.
+quiet()
+_home = tempfile.TemporaryDirectory(prefix="fedsim-tests-")
+os.environ["FEDSIM_CACHE"] = str(Path(_home.name, "cache"))
+os.environ["MPLCONFIGDIR"] = str(Path(_home.name, "matplotlib"))
+os.environ["FLWR_HOME"] = str(Path(_home.name, "flower"))
+os.environ["MPLBACKEND"] = "Agg"
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)  # numbers must not depend on the number of cores
+
+
+WARNINGS = (
+    "ignore:'click[.].*' is deprecated:DeprecationWarning",  # typer, which Flower imports
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_unconfigure() -> None:
+    _home.cleanup()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A test that changes the number of threads changes it for itself only."""
+    yield
+    torch.set_num_threads(1)

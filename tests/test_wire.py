@@ -1,0 +1,236 @@
+"""Packets on the wire: nothing is lost, what is counted is what is sent, and bytes that are no packet say so."""
+
+import math
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from defenses import UniformQuantization
+from fedsim.records import PACKETS, reply_of, wire_bytes
+from fedsim.seeding import generator
+from fedsim.wire import MAX_BITS, Grid, Packet, from_bytes, nbytes, pack, to_bytes, unpack
+
+SHAPES = [(), (1,), (0,), (7,), (3, 5, 7)]
+# One entry in 50 is cheaper by its index (7 bits of 105, 3 of 7), half of them by a bitmap (1 bit each).
+SUPPORTS = {"dense": None, "few, as indices": 0.02, "half, as a bitmap": 0.5}
+QUICK = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+def packet_of(shape: tuple[int, ...], share: float | None, bits: int | None, seed: int = 0) -> Packet:
+    """A random packet; `share` of its entries are sent, all for None."""
+    rng = generator(seed, "packet", *shape)
+    n = math.prod(shape)
+    k = n if share is None else min(n, max(1, round(share * n)))
+    support = None if share is None else torch.randperm(n, generator=rng)[:k].sort().values
+    if bits is None:
+        return Packet(torch.randn(k, generator=rng), shape, support)
+    grid = Grid(-0.7, 0.0013, bits)
+    return Packet(grid.decode(torch.randint(2**bits, (k,), generator=rng)), shape, support, grid)
+
+
+def assert_same(found: Packet, sent: Packet) -> None:
+    assert found.shape == sent.shape
+    assert found.grid == sent.grid
+    assert found.values.dtype == torch.float32
+    assert torch.equal(found.values, sent.values)
+    assert (found.support is None) == (sent.support is None)
+    if sent.support is not None and found.support is not None:
+        assert found.support.dtype == torch.int64
+        assert torch.equal(found.support, sent.support)
+    assert torch.equal(found.dense(), sent.dense())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("share", SUPPORTS.values(), ids=SUPPORTS)
+@pytest.mark.parametrize("bits", [None, 1, 3, 8, MAX_BITS])
+def test_a_packet_arrives_as_it_was_sent(shape, share, bits):
+    sent = packet_of(shape, share, bits)
+    data = to_bytes(sent)
+    assert len(data) == nbytes(sent)
+    assert_same(from_bytes(data), sent)
+
+
+@QUICK
+@given(
+    shape=st.lists(st.integers(0, 13), max_size=4).map(tuple),
+    share=st.none() | st.floats(0, 1),
+    bits=st.none() | st.integers(1, MAX_BITS),
+    seed=st.integers(0, 2**31),
+)
+def test_counted_bytes_are_real_bytes_of_any_packet(shape, share, bits, seed):
+    sent = packet_of(shape, share, bits, seed)
+    data = to_bytes(sent)
+    assert len(data) == nbytes(sent)
+    assert_same(from_bytes(data), sent)
+
+
+def test_a_packet_without_values_arrives():
+    sent = Packet(torch.zeros(0), (3, 5), torch.zeros(0, dtype=torch.int64))
+    assert_same(from_bytes(to_bytes(sent)), sent)
+
+
+SIZES = {
+    # flags and number of dimensions: 2 bytes, 4 a dimension; then what the layout says, n = 105
+    "floats": (None, None, 2 + 3 * 4 + 105 * 4),
+    "4 bits": (None, 4, 2 + 3 * 4 + 9 + 53),  # 105 * 4 bits are 52.5 bytes
+    "2 of 105 as indices": (0.02, None, 2 + 3 * 4 + 4 + 2 + 2 * 4),  # 2 indices of 7 bits are 14 bits
+    "52 of 105 as a bitmap": (0.5, None, 2 + 3 * 4 + 4 + 14 + 52 * 4),  # 105 bits are 14 bytes, 52 * 7 bits would be 46
+    "52 of 105 as a bitmap, 4 bits": (0.5, 4, 2 + 3 * 4 + 4 + 14 + 9 + 26),
+}
+
+
+@pytest.mark.parametrize(("share", "bits", "expected"), SIZES.values(), ids=SIZES)
+def test_a_packet_takes_the_bytes_its_layout_says(share, bits, expected):
+    assert len(to_bytes(packet_of((3, 5, 7), share, bits))) == expected
+
+
+def test_sixteen_levels_cost_half_a_byte_an_entry_and_a_header():
+    update = {"weight": torch.randn(31, 37, generator=generator(0, "levels"))}
+    packets, _ = UniformQuantization(16)(pack(update), {}, generator(0, "unused"))
+    # 1147 entries are 573.5 bytes; 2 bytes, 2 dimensions of 4, and a grid of 9
+    assert len(to_bytes(packets["weight"])) == 574 + 2 + 2 * 4 + 9
+
+
+def test_flower_counts_what_we_count_but_for_a_constant_a_tensor():
+    def over(scale: int) -> list[int]:
+        packets = {f"layer{i}": packet_of((scale * (i + 2), 11), *how) for i, how in enumerate([(None, 4), (0.02, None), (0.5, 8)])}
+        content = reply_of(packets, {}, 3, 0.5, 1)
+        ours = sum(map(nbytes, packets.values()))
+        assert wire_bytes(content) == ours
+        # Arrays travel in numpy's format, whose header has 128 bytes whatever the size, besides a dtype and a shape.
+        theirs = content.array_records[PACKETS].count_bytes()
+        return [theirs - ours, len(packets)]
+
+    (small, tensors), (large, _) = over(1), over(101)
+    assert small // tensors <= 200
+    assert abs(large - small) <= 8 * tensors  # a longer shape is written in a digit more
+
+
+def test_weights_would_not_keep_the_levels_of_an_update():
+    weights = torch.randn(10_007, generator=generator(0, "weights"))
+    grid = Grid(-1e-3, 2e-3 / 15, 4)
+    update = grid.decode(torch.randint(16, (10_007,), generator=generator(0, "codes")))
+    # float32 keeps w - u to half a unit in the last place of w, about 3e-8, so each level becomes many.
+    assert len(update.unique()) == 16
+    assert len((weights - (weights - update)).unique()) > 100
+    assert len(unpack({"w": from_bytes(to_bytes(Packet(update, (10_007,), None, grid)))})["w"].unique()) == 16
+
+
+@QUICK
+@given(
+    low=st.floats(-10, 10, width=32),
+    step=st.floats(2**-13, 10, width=32),
+    bits=st.integers(1, 13),
+    seed=st.integers(0, 2**31),
+)
+def test_values_on_a_grid_are_what_their_codes_say(low, step, bits, seed):
+    grid = Grid(low, step, bits)
+    # 2**-13 is many times the spacing 1e-6 of floats at 10, so a code can be read off a value.
+    codes = torch.randint(2**bits, (53,), generator=generator(seed, "codes"))
+    values = grid.decode(codes)
+    assert torch.equal(grid.encode(values), codes)
+    assert torch.equal(grid.decode(grid.encode(values)), values)
+
+
+def test_a_grid_finer_than_floats_still_gives_back_its_values():
+    grid = Grid(1.0, 1e-9, MAX_BITS)  # floats above 1 lie 1.2e-7 apart: 119 codes share a value
+    values = grid.decode(torch.arange(0, 2**MAX_BITS, 1009))
+    assert torch.equal(grid.decode(grid.encode(values)), values)
+
+
+@pytest.mark.parametrize("bits", [0, MAX_BITS + 1])
+def test_a_grid_takes_1_to_24_bits(bits):
+    with pytest.raises(ValueError, match=f"must lie in 1..24, got {bits}"):
+        Grid(0.0, 1.0, bits)
+
+
+# Bytes that are no packet ------------------------------------------------------------------------------------------------------
+
+
+def read(data: bytes) -> Packet | None:
+    """The packet in `data`, or None. Fails on anything but ValueError, and on memory out of proportion to `data`."""
+    tracemalloc.start()
+    try:
+        return from_bytes(data)
+    except ValueError:
+        return None
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        # A bit becomes one int64 on the way: 64 bytes for each byte, some at once.
+        assert peak < 100_000 + 500 * len(data), f"{peak} bytes for {len(data)}"
+
+
+@QUICK
+@given(st.binary(max_size=200))
+def test_random_bytes_are_no_packet_or_one_that_can_be_read(data):
+    read(data)
+
+
+@QUICK
+@given(
+    share=st.sampled_from(list(SUPPORTS.values())),
+    bits=st.sampled_from([None, 1, 3, MAX_BITS]),
+    flips=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 255)), min_size=1, max_size=5),
+)
+def test_a_packet_with_flipped_bits_is_refused_or_well_formed(share, bits, flips):
+    data = bytearray(to_bytes(packet_of((3, 5, 7), share, bits)))
+    for at, mask in flips:
+        data[at % len(data)] ^= mask
+    found = read(bytes(data))
+    if found is not None and found.support is not None:
+        places = found.support
+        assert len(places) == len(found.values)
+        assert not len(places) or 0 <= int(places[0]) <= int(places[-1]) < found.size
+        assert bool((places.diff() > 0).all()), "places must ascend, each once"
+    if found is not None and found.support is None:
+        assert len(found.values) == found.size
+
+
+@pytest.mark.parametrize("share", SUPPORTS.values(), ids=SUPPORTS)
+@pytest.mark.parametrize("bits", [None, 3])
+def test_a_truncated_or_padded_packet_is_refused(share, bits):
+    data = to_bytes(packet_of((3, 5, 7), share, bits))
+    for length in range(len(data)):
+        with pytest.raises(ValueError, match="packet"):
+            from_bytes(data[:length])
+    with pytest.raises(ValueError, match="ends at byte"):
+        from_bytes(data + b"\0")
+
+
+def sparse(dimensions: list[int], places: bytes, k: int, values: bytes) -> bytes:
+    """A sparse packet of floats, written by hand."""
+    return struct.pack(f"<BB{len(dimensions)}I", 1, len(dimensions), *dimensions) + struct.pack("<I", k) + places + values
+
+
+ONE = np.float32(1).tobytes()
+REFUSED = {
+    "a place beyond the end": sparse([7], bytes([0b111]), 1, ONE),
+    "a place twice": sparse([7], bytes([0b010_010]), 2, 2 * ONE),
+    "places that descend": sparse([7], bytes([0b001_010]), 2, 2 * ONE),
+    "more entries than a machine can hold": sparse([2**32 - 1] * 3, bytes(12), 1, ONE),
+    "255 dimensions": sparse([2**32 - 1] * 255, bytes(1020), 1, ONE),
+    "a dense tensor of 16 gigabytes": struct.pack("<BBI", 0, 1, 2**32 - 1) + ONE,
+    "a bitmap with too few places": struct.pack("<BBII", 3, 1, 7, 2) + bytes([0b1]) + 2 * ONE,
+    "flags nobody sets": struct.pack("<BBI", 128, 1, 1) + ONE,
+    "a grid of 0 bits": struct.pack("<BBIffB", 4, 1, 1, 0, 1, 0),
+    "a grid of 25 bits": struct.pack("<BBIffB", 4, 1, 1, 0, 1, 25) + bytes(4),
+    "nothing at all": b"",
+}
+
+
+@pytest.mark.parametrize("data", REFUSED.values(), ids=REFUSED)
+def test_what_is_no_packet_is_refused(data):
+    assert read(data) is None
+
+
+def test_dense_puts_each_value_in_its_place():
+    packet = Packet(torch.tensor([2.0, -3.0]), (2, 3), torch.tensor([1, 5]))
+    expected: Tensor = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, -3.0]])
+    assert torch.equal(packet.dense(), expected)
