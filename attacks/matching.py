@@ -45,7 +45,8 @@ class GradientMatching:
                 with the smallest loss is reported: the truth is never consulted
     init        "normal": N(0, 1); "uniform": U(0, 1); "grey": 0.5 + N(0, 0.1^2), for images; label logits are N(0, 1)
     box         clamp images to [0, 1] after every step; for Adam
-    tolerance   largest gap, relative to the gap of a candidate that explains nothing, at which a reconstruction `converged`
+    tolerance   largest gap / unit at which a reconstruction `converged`. On CIFAR-10 and DLG's LeNet a squared gap of 1e-3, 1e-4,
+                1e-5, 1e-6, 1e-7 units comes with a median MSE of 0.053, 0.024, 0.009, 0.002, 0.0005
     enough      value of what is minimised at which a start ends
     chunk       problems computed at a time; None chooses from the memory they take. No influence on the result
     """
@@ -57,7 +58,7 @@ class GradientMatching:
     restarts: int = 1
     init: Literal["normal", "uniform", "grey"] = "normal"
     box: bool = False
-    tolerance: float = 1e-3
+    tolerance: float = 1e-5
     enough: float = 1e-6
     chunk: int | None = None
 

@@ -86,7 +86,8 @@ class LBFGS:
     points did not help, drops the memory and starts again from steepest descent; if that fails too, the problem has stalled.
 
     evaluations  most evaluations of one problem
-    history      pairs remembered
+    history      pairs remembered; more pairs save evaluations and cost memory traffic: 20, 50, 100 took a median of 925, 680, 555
+                 evaluations on DLG's LeNet, and 50 the least time
     armijo       decrease asked for, as a share of the slope's promise
     curvature    share of the slope that may remain
     reach        longest move of a single step, root mean square over the unknowns; None sets no limit
@@ -94,7 +95,7 @@ class LBFGS:
     """
 
     evaluations: int = 2000
-    history: int = 20
+    history: int = 50
     armijo: float = 1e-4
     curvature: float = 0.9
     reach: float | None = None
@@ -237,29 +238,38 @@ class LBFGS:
         at = newest[renewed]
         state.sy[renewed, :, at] = products[renewed, 0, :m]
         state.yy[renewed, :, at] = state.yy[renewed, at, :] = products[renewed, 0, m:]
-        # From here on rows only, in the order of age; places not filled yet become equations 1 x = 0.
+        # From here on these rows only, in the order of age; places not filled yet become equations 1 x = 0.
         slot, filled = slot[rows], (age < count)[rows]
-        both = filled[:, :, None] & filled[:, None, :]
 
-        def ordered(square: Tensor) -> Tensor:
+        def vector(part: Tensor, empty: float = 0.0) -> Tensor:
+            return torch.where(filled, part[rows].gather(1, slot), empty)
+
+        def square(part: Tensor) -> Tensor:
             place = slot[:, :, None].expand(-1, m, m)
-            return torch.where(both, square[rows].gather(1, place).gather(2, place.mT), 0)
+            both = filled[:, :, None] & filled[:, None, :]
+            return torch.where(both, part[rows].gather(1, place).gather(2, place.mT), 0)
 
-        diagonal = torch.where(filled, state.sy[rows].diagonal(dim1=1, dim2=2).gather(1, slot), 1)
-        upper = ordered(state.sy).triu(1) + torch.diag_embed(diagonal)
-        yy = ordered(state.yy)
-        sg, yg = (torch.where(filled, part[rows].gather(1, slot), 0) for part in products[:, 1].split(m, 1))
-        last = yy[:, -1, -1]
-        scale = torch.where(last > 0, diagonal[:, -1] / torch.where(last > 0, last, 1), 1)[:, None]
-        first = torch.linalg.solve_triangular(upper, sg[:, :, None], upper=True)
-        inner = diagonal * first.squeeze(2) - scale * (yg - (yy @ first).squeeze(2))
-        second = torch.linalg.solve_triangular(upper.mT, inner[:, :, None], upper=False)
-        weights = torch.cat([second.squeeze(2), -scale * first.squeeze(2)], 1)
-        place = torch.cat([slot, m + slot], 1)
-        spread = torch.zeros(len(count), 2 * m, dtype=state.memory.dtype, device=count.device)
-        spread[rows] = torch.zeros_like(weights).scatter(1, place, weights).to(spread.dtype)
-        combined = (spread[:, None, :] @ state.memory).squeeze(1)
-        return -(scale.to(combined.dtype) * state.gradient[rows] + combined[rows])
+        sg, yg = (vector(part) for part in products[:, 1].split(m, 1))
+        diagonal = vector(state.sy.diagonal(dim1=1, dim2=2), empty=1.0)
+        scale, for_s, for_y = _two_loops(square(state.sy).triu(1) + torch.diag_embed(diagonal), square(state.yy), sg, yg)
+        weights = torch.cat([for_s, for_y], 1).to(state.memory.dtype)
+        spread = state.memory.new_zeros(len(count), 2 * m)
+        spread[rows] = torch.zeros_like(weights).scatter(1, torch.cat([slot, m + slot], 1), weights)
+        combined = (spread[:, None, :] @ state.memory).squeeze(1)[rows]
+        return -(scale[:, None].to(combined.dtype) * state.gradient[rows] + combined)
+
+
+def _two_loops(upper: Tensor, yy: Tensor, sg: Tensor, yg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse Hessian times g as `scale * g + for_s @ S + for_y @ Y`; all arguments oldest first.
+
+    upper (P, m, m) s_i y_j for i <= j, else 0; yy (P, m, m); sg, yg (P, m) inner products with g
+    """
+    diagonal, last = upper.diagonal(dim1=1, dim2=2), yy[:, -1, -1]
+    scale = torch.where(last > 0, diagonal[:, -1] / torch.where(last > 0, last, 1), 1)
+    first = torch.linalg.solve_triangular(upper, sg[:, :, None], upper=True)
+    rest = diagonal * first.squeeze(2) - scale[:, None] * (yg - (yy @ first).squeeze(2))
+    second = torch.linalg.solve_triangular(upper.mT, rest[:, :, None], upper=False)
+    return scale, second.squeeze(2), -scale[:, None] * first.squeeze(2)
 
 
 @dataclass

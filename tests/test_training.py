@@ -40,7 +40,7 @@ def test_one_step_at_rate_one_is_the_gradient(build, soft):
     # w - (w - g) in float32 is g to half a unit in the last place of w; |w| < 1 here.
     for name, gradient in expected.items():
         assert torch.allclose(trained.update[name], gradient, rtol=0, atol=2**-23)
-    assert trained.loss == pytest.approx(float(F.cross_entropy(model(batch[0]), batch[1])), abs=1e-6)
+    assert trained.loss == pytest.approx(F.cross_entropy(model(batch[0]), batch[1]).item(), abs=1e-6)
 
 
 SGD = [
@@ -152,7 +152,7 @@ def test_the_loss_of_a_batch_is_differentiable_in_its_images():
     assert second.abs().max() > 0
 
 
-# Evaluation ------------------------------------------------------------------------------------------------------------------------
+# Evaluation -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_evaluation_is_the_plain_loop():
@@ -166,7 +166,7 @@ def test_evaluation_is_the_plain_loop():
         for image, label in zip(images, labels, strict=True):
             logits = reference(image[None])[0]
             right += int(logits.argmax()) == int(label)
-            loss -= float(logits.log_softmax(0)[label])
+            loss -= logits.log_softmax(0)[label].item()
     accuracy, mean = evaluate(model, params, buffers, parts)
     # Batches of 5, 3 and 2 images: each image counts the same.
     assert accuracy == pytest.approx(right / 10)
@@ -180,7 +180,7 @@ def test_evaluating_on_nothing_is_an_error():
         evaluate(model, *split(model), [])
 
 
-# Models with a penalty -------------------------------------------------------------------------------------------------------------
+# Models with a penalty ------------------------------------------------------------------------------------------------------------
 
 
 class Penalized(nn.Module):

@@ -41,6 +41,9 @@ def config(**changes: Any) -> dict[str, Any]:
     return made
 
 
+NORMED = {"_target_": "worlds.normed"}
+
+
 @dataclass
 class History:
     """What a run left: reports and checkpoints of its rounds, the untrained model first, and what was overheard."""
@@ -102,8 +105,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], tensor), f"{name} differs by {(found[name] - tensor).abs().max()}"
 
 
-class Broken(nn.Module):
-    """A model whose forward raises, for the clients it is given to."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        raise ArithmeticError("the model of this test always fails")
+def normed(image_shape: tuple[int, int, int], num_classes: int, **_: Any) -> nn.Module:
+    """A small convolution with BatchNorm, whose statistics are two float32 vectors and an int64 count."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        features = [nn.Conv2d(image_shape[0], 2, 5, stride=4), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten()]
+        return nn.Sequential(*features, nn.Linear(2 * 7 * 7, num_classes))  # (32 - 5) // 4 + 1 = 7
