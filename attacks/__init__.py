@@ -3,7 +3,7 @@
 from attacks.labels import analytic_labels
 from attacks.matching import GradientMatching
 from attacks.optimizers import LBFGS, Adam
-from attacks.presets import dlg, idlg, inverting_gradients
+from attacks.presets import cosine_lbfgs, dlg, idlg, inverting_gradients
 from attacks.terms import CosineGap, OutOfRange, SquaredGap, TotalVariation
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "SquaredGap",
     "TotalVariation",
     "analytic_labels",
+    "cosine_lbfgs",
     "dlg",
     "idlg",
     "inverting_gradients",

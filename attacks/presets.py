@@ -17,7 +17,7 @@ def dlg(restarts: int = 1, evaluations: int = 4000, in_range: float = 0.01) -> G
     for pixels outside [0, 1], which moves no solution and halves the evaluations needed (`in_range=0` takes it away); restarts
     chosen by matching loss; a budget counted in gradient evaluations (the paper's 300 outer steps are up to 6,000 of them).
 
-    Expect, on CIFAR-10 with a random LeNet (weights and biases U(-0.5, 0.5)): MSE < 0.03 for every image from the first start, a
+    Expect, on CIFAR-10 with a random LeNet (weights and biases U(-0.5, 0.5)): MSE < 0.03 from the first start in 207 of 208 runs, a
     median MSE of 0.0005 (33 dB), 1,250 evaluations.
     """
     return _dlg("joint", restarts, evaluations, in_range)
@@ -62,4 +62,21 @@ def inverting_gradients(
         restarts=restarts,
         box=True,
         tolerance=1e-3,
+    )
+
+
+def cosine_lbfgs(restarts: int = 1, evaluations: int = 2000, tv: float = 1e-3) -> GradientMatching:
+    """Cosine gap and total variation by L-BFGS from a grey image: no paper's attack, but the quickest here on smooth networks.
+
+    Threat model: as `dlg`; the label is read off the gradient. A grey start lies nearer to photographs than N(0, 1), where smooth
+    networks other than the sigmoid's saturate or blow up; the cosine does not mind how small a trained network's gradient is.
+    """
+    return GradientMatching(
+        gap=CosineGap(),
+        priors=(TotalVariation(tv),),
+        labels="analytic",
+        optimizer=LBFGS(evaluations),
+        restarts=restarts,
+        init="grey",
+        tolerance=1e-2,
     )

@@ -204,7 +204,14 @@ def _list(arguments: argparse.Namespace) -> int:
     from fedsim.checks import one_of
 
     kinds = {"datasets": "data", "partitions": "partition", "models": "model", "initializations": "model/init"}
-    kinds |= {"protocols": "federation", "strategies": "strategy", "defenses": "defense", "attacks": "attack", "engines": "engine"}
+    kinds |= {
+        "protocols": "federation",
+        "strategies": "strategy",
+        "defenses": "defense",
+        "attacks": "attack",
+        "engines": "engine",
+        "settings": "setting",
+    }
     assert set(kinds.values()) == set(GROUPS)
     if arguments.kind is not None:
         one_of("kind", arguments.kind, kinds)

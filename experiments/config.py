@@ -14,7 +14,7 @@ from typing import Any
 from fedsim.checks import nearest
 
 CONF = Path(__file__).parent / "conf"
-GROUPS = ("data", "partition", "model", "model/init", "federation", "strategy", "defense", "attack", "engine")
+GROUPS = ("data", "partition", "model", "model/init", "federation", "strategy", "defense", "attack", "engine", "setting")
 
 Config = dict[str, Any]
 
@@ -24,10 +24,11 @@ class ConfigError(ValueError):
 
 
 def choices(group: str) -> dict[str, str]:
-    """Names of a group's choices, and the first line of each file: what it is."""
+    """Names of a group's choices, and the first line of each file (after Hydra's own): what it is."""
     found = {}
     for path in sorted((CONF / group).glob("*.yaml")):
-        found[path.stem] = path.read_text().splitlines()[0].lstrip("# ").strip()
+        first = next(line for line in path.read_text().splitlines() if not line.startswith("# @package"))
+        found[path.stem] = first.lstrip("# ").strip()
     return found
 
 

@@ -1,68 +1,79 @@
-"""Engines: where the apps run changes no bit of what they compute. Ray takes 15 s to start and is started once."""
+"""Engines: where the apps run changes no bit of what they compute. Ray takes long to start and is started once."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 from worlds import FEDAVG, FEDSGD, TOPK_EF, assert_same, config, federate
 
 from fedsim.engines.inline import Inline
 from fedsim.engines.ray import Ray
+from fedsim.federation import Engine
 
+HERE = Path(__file__).parent
 RUNS = {
     "FedAvg, FedAdam, a defense with a memory": {"federation": FEDAVG, "strategy": "FedAdam", "defense": TOPK_EF},
     "FedSGD": {"federation": FEDSGD},
     "FedSGD, random numbers": {"federation": FEDSGD, "defense": {"_target_": "defenses.GaussianNoise", "relative": 0.3}},
 }
+RAY_RUNS = list(RUNS)[:2]
 
 
-def assert_same_run(engine, other, made, tmp_path) -> None:
-    one = federate(config(**made), engine, memory=tmp_path / "one")
-    two = federate(config(**made), other, memory=tmp_path / "two")
-    assert [c.round for c in one.checkpoints] == [c.round for c in two.checkpoints] == [0, 1, 2]
-    for mine, theirs in zip(one.checkpoints, two.checkpoints, strict=True):
-        assert_same(mine.tensors, theirs.tensors)
-    for mine, theirs in zip(one.seen, two.seen, strict=True):
-        assert (mine.round, mine.client, mine.num_examples) == (theirs.round, theirs.client, theirs.num_examples)
-        assert_same(mine.update, theirs.update)
-    memories = [
-        sorted(p.relative_to(folder) for p in folder.rglob("*.safetensors")) for folder in (tmp_path / "one", tmp_path / "two")
-    ]
-    assert memories[0] == memories[1]
-    assert bool(memories[0]) == (made.get("defense") is TOPK_EF)
+def record_of(engine: Engine, made: dict, memory: Path) -> list[dict[str, Tensor]]:
+    """The weights after each round, and the updates seen, in order."""
+    left = federate(config(**made), engine, memory=memory)
+    assert [report.failures for report in left.reports] == [0, 0, 0]
+    return [checkpoint.tensors for checkpoint in left.checkpoints] + [one.update for one in left.seen]
+
+
+def assert_same_record(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
+    assert len(found) == len(expected) == 3 + 6  # rounds with the untrained model, and 3 clients in 2 rounds
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_same(mine, theirs)
 
 
 @pytest.mark.parametrize("made", RUNS.values(), ids=RUNS)
 def test_two_workers_compute_what_one_does(made, tmp_path):
-    assert_same_run(Inline(1), Inline(2), made, tmp_path)
+    assert_same_record(record_of(Inline(2), made, tmp_path / "two"), record_of(Inline(1), made, tmp_path / "one"))
+    # What a defense remembers, and nothing else, is in its folder.
+    assert (tmp_path / "two").exists() == ("defense" in made and made["defense"] is TOPK_EF)
 
 
-@pytest.fixture(scope="module")
-def one_ray() -> Iterator[None]:
-    """One Ray for all runs: Flower takes one that runs already, and would end it after each run."""
-    ray = pytest.importorskip("ray")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # Flower lengthens it for Ray's workers; put back at the end
-    end = ray.shutdown
-    patch.setattr(ray, "shutdown", lambda: None)
-    yield
-    patch.undo()
-    end()
+def python(code: str, *arguments: object) -> None:
+    """Runs `code` in a process of its own, which can import what stands beside this file."""
+    paths = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent))
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.usefixtures("one_ray")
-@pytest.mark.parametrize("made", list(RUNS.values())[:2], ids=list(RUNS)[:2])
-def test_ray_computes_what_this_process_does(made, tmp_path):
-    assert_same_run(Ray(), Inline(1), made, tmp_path)
+ON_RAY = """
+import sys, pathlib, ray, torch, test_engines
+from fedsim.engines.ray import Ray
+from fedsim.federation import Engine
+end, ray.shutdown = ray.shutdown, lambda: None  # Flower takes a Ray that runs already, and would end it after each run
+folder = pathlib.Path(sys.argv[1])
+for name in test_engines.RAY_RUNS:
+    torch.save(test_engines.record_of(Ray(), test_engines.RUNS[name], folder / "memory" / name), folder / f"{name}.pt")
+end()
+"""
+
+
+def test_ray_computes_what_this_process_does(tmp_path):
+    pytest.importorskip("ray")
+    python(ON_RAY, tmp_path)
+    for name in RAY_RUNS:
+        assert_same_record(torch.load(tmp_path / f"{name}.pt"), record_of(Inline(1), RUNS[name], tmp_path / "inline" / name))
+    assert list((tmp_path / "memory").rglob("round_000002.safetensors"))
 
 
 def test_the_inline_engine_imports_no_ray():
-    code = "import worlds, sys; worlds.federate(worlds.config()); sys.exit('ray' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)})
+    python("import sys, worlds; worlds.federate(worlds.config()); sys.exit('ray' in sys.modules)")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +95,7 @@ def test_without_ray_the_way_out_is_named(monkeypatch):
         Ray()
 
 
-def test_flower_still_has_the_private_names_that_the_inline_engine_relies_on():
+def test_flower_still_has_the_private_names_that_the_inline_engine_relies_on(monkeypatch):
     release = f"flwr {version('flwr')} moved it: mend fedsim/engines/inline.py and fedsim/server.py, or pin flwr<1.42"
     try:
         from flwr.app import Context, Error, Message, RecordDict
@@ -95,16 +106,13 @@ def test_flower_still_has_the_private_names_that_the_inline_engine_relies_on():
         pytest.fail(f"{error}; {release}")
     run = Run.create_empty(7)
     assert run.run_id == 7, release
-    assert {"run_id", "node_id", "task_id"} <= set(dir(TaskIdentity)), release
-    before = TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 1, 1
-    try:
-        message = Message(RecordDict(), 2, "train", ttl=None, group_id="1")
-        assert "_message_id" in message.metadata.__dict__, release
-        assert "_content" in message.__dict__, release
-        reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "why"), reply_to=message)
-        assert reply.has_error(), release
-        assert reply.error.reason == "why", release
-        assert Context(7, 1, {}, RecordDict(), {}).run_id == 7, release
-    finally:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = before
+    assert {"run_id", "node_id", "task_id"} <= set(TaskIdentity.__annotations__), release
+    for name in ("run_id", "node_id", "task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1, raising=False)
+    message = Message(RecordDict(), 2, "train", ttl=None, group_id="1")
+    assert "_message_id" in message.metadata.__dict__, release
+    assert "_content" in message.__dict__, release
+    reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "why"), reply_to=message)
+    assert reply.has_error(), release
+    assert reply.error.reason == "why", release
+    assert Context(7, 1, {}, RecordDict(), {}).run_id == 7, release

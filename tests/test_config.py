@@ -1,0 +1,160 @@
+"""Configurations: every file composes and builds, and what cannot be meant is told in one line that names the nearest."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from experiments.config import CONF, GROUPS, ConfigError, build_checked, choices, compose, label, sweep
+from experiments.runner import check_config
+from fedsim.defense import Defense
+from fedsim.setup import build
+
+FILES = [(group, name) for group in GROUPS for name in choices(group)]
+
+
+def ids(pairs: list[tuple[str, str]]) -> list[str]:
+    return [f"{group}={name}" for group, name in pairs]
+
+
+@pytest.mark.parametrize(("group", "name"), FILES, ids=ids(FILES))
+def test_every_choice_composes_and_says_what_it_is_in_its_first_line(group, name):
+    first = (CONF / group / f"{name}.yaml").read_text().splitlines()[0]
+    assert re.fullmatch(r"# [A-Z].*\.", first), first
+    config = compose([f"{group}={name}"])
+    if "/" not in group:
+        assert config["choices"][group] == name
+
+
+BUILT = [(group, name) for group, name in FILES if group in ("partition", "federation", "defense", "attack", "engine")]
+
+
+@pytest.mark.parametrize(("group", "name"), BUILT, ids=ids(BUILT))
+def test_every_choice_builds(group, name):
+    node = compose([f"{group}={name}"])[group]
+    if (group, name) == ("attack", "none"):
+        assert not node
+        return
+    if (group, name) == ("engine", "ray"):
+        pytest.importorskip("ray")
+    made = build_checked(group, node)
+    assert callable(getattr(made, "run", made)) or group == "federation"
+    if group == "defense":
+        assert isinstance(made, Defense)
+
+
+@pytest.mark.parametrize("name", choices("strategy"))
+def test_every_strategy_builds_with_what_the_server_adds(name):
+    shares = {
+        "fraction_train": 0.5,
+        "min_train_nodes": 5,
+        "min_available_nodes": 10,
+        "fraction_evaluate": 0.0,
+        "min_evaluate_nodes": 1,
+    }
+    node = compose([f"strategy={name}"])["strategy"]
+    made = build(node, **shares)
+    for setting, value in {**node, **shares}.items():
+        if setting != "_target_":
+            assert getattr(made, setting) == value
+
+
+@pytest.mark.parametrize("init", choices("model/init"))
+@pytest.mark.parametrize("name", choices("model"))
+def test_every_model_builds_with_every_initialization(name, init):
+    node = compose([f"model={name}", f"model/init={init}"])["model"]
+    model = build(node, image_shape=(3, 16, 16), num_classes=7, mean=[0.5] * 3, std=[0.2] * 3, rng=torch.Generator().manual_seed(0))
+    assert isinstance(model, nn.Module)
+    assert model.eval()(torch.rand(2, 3, 16, 16)).shape == (2, 7)
+
+
+def test_the_default_configuration_can_be_run():
+    check_config(compose([]))
+
+
+def test_choices_and_settings_are_what_was_asked_for():
+    config = compose(["defense=topk", "defense.ratio=0.3", "rounds=7", "tap.clients=[1,3]", "tap.rounds=all"])
+    assert config["defense"] == {"_target_": "defenses.TopK", "ratio": 0.3}
+    assert config["rounds"] == 7
+    assert config["tap"]["clients"] == [1, 3]
+    assert config["choices"]["defense"] == "topk"
+
+
+LABELS = [
+    ([], "none"),
+    (["defense=topk", "defense.ratio=0.3"], "topk ratio=0.3"),
+    (["defense=gaussian"], "gaussian relative=0.3"),
+    (["defense=topk_ef"], "topk_ef ratio=0.1"),
+    (["defense=topk_stochastic", "defense.parts.1.levels=4"], "topk_stochastic ratio=0.1 levels=4"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), LABELS, ids=[expected for _, expected in LABELS])
+def test_a_label_is_the_choice_and_its_settings(overrides, expected):
+    assert label(compose(overrides)) == expected
+
+
+def test_a_sweep_is_the_product_of_all_lists():
+    cells = sweep(["defense=none,topk", "seed=0,1", "tap.clients=[1,2]"])
+    assert cells == [[f"defense={d}", f"seed={s}", "tap.clients=[1,2]"] for d in ("none", "topk") for s in (0, 1)]
+
+
+# (overrides, what the message holds): unknown names and settings are found as the configuration is composed, values before a run.
+WRONG = [
+    (["attack=dgl"], "unknown attack 'dgl': did you mean 'dlg'? choices: "),
+    (["model/init=xaver"], "unknown model/init 'xaver': did you mean 'xavier'? choices: "),
+    (["defence=topk"], "unknown setting 'defence': did you mean 'defense'?"),
+    (["defense.ration=1"], "unknown setting 'defense.ration': defense has no settings"),
+    (["defense=topk", "defense.ration=1"], "unknown setting 'defense.ration': did you mean 'ratio'?"),
+    (["defense=topk_stochastic", "defense.parts.1.level=4"], "unknown setting 'defense.parts.1.level': did you mean 'levels'?"),
+    (["defense=topk", "defense.ratio=2"], "ratio must be a number in (0, 1], got 2"),
+    (["defense=none,topk"], "add -m"),
+    (["seed=0,1"], "-m"),
+    (["rounds"], "'rounds' is not a setting"),
+    (["rounds=0"], "rounds must be a whole number >= 1, got 0"),
+    (["rounds=abc"], "rounds must be a whole number >= 1, got 'abc'"),
+    (["rounds=2.5"], "rounds must be a whole number >= 1, got 2.5"),
+    (["seed=-1"], "seed must be a whole number >= 0, got -1"),
+    (["device=tpu"], "device 'tpu' is not usable here, take device=auto or device=cpu"),
+    (["device=cuda:99"], "device 'cuda:99' is not usable here"),
+    (["tap.when=lvie"], "unknown tap.when 'lvie': did you mean 'live'?"),
+    (["tap.every=0"], "tap.every must be a whole number >= 1, got 0"),
+    (["evaluate.every=0"], "evaluate.every must be a whole number >= 1, got 0"),
+    (["evaluate.clients=perhaps"], "evaluate.clients must be true or false, got 'perhaps'"),
+    (["federation.per_round=11"], "federation.per_round must be a whole number in 1..10, got 11"),
+    (["federation.lr=fast"], "federation.lr must be a number > 0, got 'fast'"),
+    (["federation=fedavg", "federation.momentum=-0.1"], "federation.momentum must be a number in [0, 1], got -0.1"),
+    (["federation=fedavg", "federation.train_mode=2"], "federation.train_mode must be true or false, got 2"),
+    (["data=cifar10", "data.root=/nonexistent"], "/nonexistent"),
+    (["data.train_size=0"], "data.train_size must be a whole number >= 1, got 0"),
+    (["data.test_size=many"], "data.test_size must be a whole number >= 1, got 'many'"),
+    (["model.activation=sigmoyd"], "unknown activation 'sigmoyd': did you mean 'sigmoid'?"),
+    (["model=mcmahan_cnn", "model.dropout=2"], "dropout"),
+    (["model.convs=1"], "convs must be at least 2, got 1"),
+    (["model=resnet18", "model.norm=bach"], "unknown norm 'bach': did you mean 'batch'?"),
+    (["model/init=uniform", "model.init.a=x"], "model.init.a must be a number, got 'x'"),
+    (["partition=dirichlet", "partition.alpha=-1"], "alpha must be > 0, got -1"),
+    (["partition=dirichlet", "partition.alpha=x"], "partition.alpha must be a number, got 'x'"),
+    (["partition=size_skewed", "partition.kind=liner"], "did you mean 'linear'?"),
+    (["strategy=fedadam", "strategy.eta=x"], "strategy.eta must be a number, got 'x'"),
+    (["strategy=krum", "strategy.num_malicious_nodes=few"], "strategy.num_malicious_nodes must be a whole number, got 'few'"),
+    (["attack.restarts=0"], "restarts must be"),
+    (["attack.evaluations=x"], "attack.evaluations must be a whole number, got 'x'"),
+    (["engine.workers=0"], "engine.workers must be a whole number >= 1, got 0"),
+    (["defense._target_=defenses.TopQ"], "defenses.TopQ"),
+    (["data.train_size=7"], "7 images"),  # for 10 clients
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), WRONG, ids=[" ".join(overrides) for overrides, _ in WRONG])
+def test_what_cannot_be_meant_is_told_in_one_line(overrides, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        check_config(compose(overrides))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_attack_s_class_is_found_by_name_only():
+    with pytest.raises(ConfigError, match="unknown setting 'restart': did you mean 'restarts'"):
+        build_checked("attack", {"_target_": "attacks.dlg", "restart": 3})
