@@ -6,7 +6,7 @@ Pixels are in [0, 1]; gradients are those of `fedsim.training.batch_loss`, the l
 """
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +19,7 @@ from attacks.labels import analytic_labels
 from attacks.optimizers import LBFGS, Adam, Minima, minimise
 from attacks.terms import Gap, Prior, SquaredGap
 from fedsim.observation import Knowledge, Observation, Reconstruction
+from fedsim.seeding import generator
 from fedsim.training import batch_loss
 
 CHUNK = {"cpu": 48, "cuda": 1024}  # problems at a time, where memory allows: measured, more does not help
@@ -89,9 +90,14 @@ class GradientMatching:
     ) -> list[Reconstruction]:
         """One reconstruction for each observation, in order; `report(finished, total)` is called as victims finish."""
         sizes = [known.batch_size or one.num_examples for one in seen]
-        # All chance is drawn here, victim by victim, so that nothing below can depend on how problems are grouped.
-        starts = [self._starts(size, known, rng) for size in sizes]
-        model_seed = int(torch.randint(2**62, (), generator=rng))
+        # A victim's starts are its own: they do not depend on who else is attacked, nor on how problems are grouped below.
+        seed = int(torch.randint(2**62, (), generator=rng))
+        asked: Counter[tuple[int, int]] = Counter()
+        starts = []
+        for one, size in zip(seen, sizes, strict=True):
+            who = (one.round, one.client)
+            starts.append(self._starts(size, known, generator(seed, "start", *who, asked[who])))
+            asked[who] += 1
         groups: dict[object, list[int]] = defaultdict(list)
         for i, one in enumerate(seen):
             groups[(sizes[i], tuple((name, p.shape) for name, p in one.packets.items()))].append(i)
@@ -99,7 +105,7 @@ class GradientMatching:
         for members in groups.values():
             group = _Problems.of([seen[i] for i in members], sizes[members[0]], known, model, self)
             with torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else []):
-                torch.manual_seed(model_seed)  # for models that draw: dropout, variational bottlenecks
+                torch.manual_seed(seed)  # for models that draw: dropout, variational bottlenecks
                 if self.labels != "joint":
                     group.labels = torch.stack([self._labels(seen[i], i, sizes[i], known, model) for i in members])
                 before = len(results)

@@ -55,16 +55,27 @@ def label_accuracy(reconstructed: Tensor, true: Tensor) -> float:
     return int(counts.amin(0).sum()) / len(true)
 
 
-def align(reconstructed: Tensor, true: Tensor) -> Tensor:
-    """The permutation (B,) for which `reconstructed[permutation]` lies closest to `true` in total squared error.
+def match(reconstructed: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs (i, j), each (min(M, N),), of reconstructions (M, C, H, W) and true images (N, C, H, W) with the least squared error.
 
-    A gradient is a mean over its batch, which has no order: a batch is scored after this matching.
+    A gradient is a mean over its batch, which has no order: a batch is scored after this matching (Kuhn 1955). Where an attack
+    reconstructs fewer images than the client used, each is held against the one it comes closest to, in the attacker's favour.
     """
     from scipy.optimize import linear_sum_assignment
 
-    a, b = _pair(reconstructed, true)
+    a, b = reconstructed.clamp(0, 1), true.clamp(0, 1)
+    if a.dim() != 4 or a.shape[1:] != b.shape[1:]:
+        raise ValueError(f"images must be two tensors (N, C, H, W) of one image shape, got {_shape(a)} and {_shape(b)}")
     cost = torch.cdist(b.flatten(1).double(), a.flatten(1).double()).square()
-    return torch.as_tensor(linear_sum_assignment(cost.cpu().numpy())[1], device=reconstructed.device)
+    cost = torch.nan_to_num(cost, nan=torch.finfo(torch.float64).max / (1 + cost.numel()))
+    places, found = linear_sum_assignment(cost.cpu().numpy())
+    return torch.as_tensor(found, device=a.device), torch.as_tensor(places, device=a.device)
+
+
+def align(reconstructed: Tensor, true: Tensor) -> Tensor:
+    """The permutation (B,) for which `reconstructed[permutation]` lies closest to `true` in total squared error."""
+    a, b = _pair(reconstructed, true)
+    return match(a, b)[0]
 
 
 def success_rate(errors: Tensor, below: float = 0.03) -> float:

@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "fedsim",
-        description="A privacy laboratory for federated learning: run a federation under an eavesdropper's eyes, see what it steals, "
-        "and what each defense really buys.",
+        description="A privacy laboratory for federated learning: run a federation under an eavesdropper's eyes, "
+        "see what it steals, and what each defense really buys.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """Configurations: composed by Hydra from `experiments/conf`, checked before any work starts.
 
-A choice is a YAML file in a group's folder; its first line says what it is, the rest names a class under `_target_` and its settings.
+A choice is a YAML file in a group's folder: its first line says what it is, the rest names a `_target_` and its settings.
 A bad choice, setting or value is a `ConfigError`: one line that names it, the choices, and the nearest.
 """
 
@@ -47,9 +47,11 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> Config:
             for override in overrides:
                 _check_key(override, OmegaConf.to_container(known))
             composed = hydra_compose(config_name, list(overrides), return_hydra_config=True)
-            named = OmegaConf.to_container(composed.hydra.runtime.choices)
+            for override in overrides:
+                _check_kind(_key(override), known, composed)
+            named: Any = OmegaConf.to_container(composed.hydra.runtime.choices)
             del composed.hydra
-            config = OmegaConf.to_container(composed, resolve=True)
+            config: Any = OmegaConf.to_container(composed, resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(str(error).split())) from None
     config["choices"] = {group: named.get(group, chosen.get(group)) for group in GROUPS if "/" not in group}
@@ -95,7 +97,8 @@ def _check_key(override: str, config: Any) -> None:
     key = _key(override)
     if key in GROUPS or override.startswith(("+", "~")):
         return
-    node, walked = config, []
+    node = config
+    walked: list[str] = []
     for part in key.split("."):
         entries = {str(i): v for i, v in enumerate(node)} if isinstance(node, list) else node
         if not isinstance(entries, dict) or part not in entries:
@@ -107,15 +110,33 @@ def _check_key(override: str, config: Any) -> None:
         node = entries[part]
 
 
-def build_checked(group: str, node: Config) -> Any:
-    """What `fedsim.setup.build` makes of a node, with errors told as a user of the command line would want them."""
+# Flower's strategies and the models take what they are given; the other groups' classes check their settings themselves.
+_UNCHECKED = ("data", "partition", "model", "federation", "strategy", "attack", "evaluate")
+
+
+def _check_kind(key: str, known: Any, composed: Any) -> None:
+    """Raises ConfigError for a setting that is a number or a switch by default and was given something else."""
+    from omegaconf import OmegaConf
+
+    if key in GROUPS or key.split(".")[0] not in _UNCHECKED:
+        return
+    before, after = OmegaConf.select(known, key), OmegaConf.select(composed, key)
+    if isinstance(before, bool):
+        if not isinstance(after, bool):
+            raise ConfigError(f"{key} must be true or false, got {after!r}")
+    elif isinstance(before, int | float) and (isinstance(after, bool) or not isinstance(after, int | float)):
+        raise ConfigError(f"{key} must be a number, got {after!r}")
+
+
+def build_checked(group: str, node: Config, **more: Any) -> Any:
+    """What `fedsim.setup.build` makes of a node and `more`, with errors told as a user of the command line would want them."""
     from hydra.errors import HydraException
     from hydra.utils import get_class, get_method
 
     from fedsim.setup import build
 
     try:
-        return build(node)
+        return build(node, **more)
     except HydraException as error:
         cause = error.__cause__ or error
         message = str(cause)
@@ -123,7 +144,7 @@ def build_checked(group: str, node: Config) -> Any:
         message = str(error)
     if "unexpected keyword argument" in message:
         try:
-            target = get_class(node["_target_"])
+            target: Any = get_class(node["_target_"])
         except Exception:
             target = get_method(node["_target_"])
         names = [name for name in inspect.signature(target).parameters if name != "self"]

@@ -75,7 +75,7 @@ def _cuda() -> Finding:
         free, total = torch.cuda.mem_get_info()
         return PASS, f"{torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free", ""
     if shutil.which("nvidia-smi"):
-        cure = f"the driver is there, but torch {torch.__version__} does not see it: update the driver, or install a torch for its CUDA"
+        cure = f"torch {torch.__version__} does not see the driver: update the driver, or install a torch built for its CUDA"
         return WARN, "a GPU driver, but no usable GPU", cure
     return PASS, "no GPU: attacks and clients run on the CPU", ""
 

@@ -1,7 +1,7 @@
-"""Figures and the summary table of one run or of several, compared by defense; runs that differ in the seed alone are one defense.
+"""Figures and the summary table of one run or of several, compared by defense; runs that differ in seed alone are one defense.
 
-Every figure is written as PNG and as SVG. Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart, and each
-defense has a marker of its own as well.
+Every figure is written as PNG and as SVG. Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart, and
+each defense has a marker of its own as well.
 """
 
 import warnings
@@ -16,6 +16,8 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rich import box
 from rich.table import Table
 
 from attacks.metrics import wilson
@@ -29,8 +31,9 @@ from fedsim.setup import setup_of
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = "osD^vPX*"
 MEDIAN, WORST = "#0072B2", "#D55E00"
+PERFECT = 60.0  # dB; better than any eye, and an exact copy has no finite PSNR
 
-STYLE = {
+STYLE: Any = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
     "font.size": 10,
@@ -50,14 +53,15 @@ def draw(folders: Sequence[RunFolder], out: Path) -> list[Path]:
     made = []
     with plt.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("error")
-        if rounds["accuracy"].notna().any():
+        learned = rounds["accuracy"].notna().any()
+        if learned:
             made.append(_save(_accuracy(rounds), out / "accuracy"))
             made.append(_save(_bytes(rounds), out / "accuracy_against_bytes"))
-        if len(leaks):
-            made.append(_save(_leak(leaks), out / "leak"))
-            if rounds["accuracy"].notna().any():
-                made.append(_save(_pareto(rounds, leaks), out / "accuracy_against_leak"))
-            made.append(_save(_pictures(folders, leaks), out / "pictures"))
+        for attack in leaks["attack"].unique() if len(leaks) else ():
+            made.append(_save(_leak(leaks, attack), out / f"leak_{attack}"))
+            made.append(_save(_pictures(folders, attack), out / f"pictures_{attack}"))
+            if learned:
+                made.append(_save(_pareto(rounds, leaks, attack), out / f"accuracy_against_leak_{attack}"))
         made.append(_save(_partition(folders[0]), out / "partition"))
     return made
 
@@ -70,52 +74,43 @@ def tables(folders: Sequence[RunFolder]) -> tuple[pd.DataFrame, pd.DataFrame]:
         about = {"run": str(folder.path), "defense": label(config), "seed": config["seed"]}
         rounds.append(folder.rounds().assign(**about))
         leaks.append(folder.leaks().assign(**about))
-    all_rounds = pd.concat(
-        [table for table in rounds if len(table)] or [pd.DataFrame(columns=["accuracy", "defense"])], ignore_index=True
-    )
-    all_rounds["accuracy"] = all_rounds["accuracy"].astype(float)
-    return all_rounds, pd.concat([table for table in leaks if len(table)] or [pd.DataFrame()], ignore_index=True)
+    return _joined(rounds, ["accuracy", "defense", "run", "round"]).astype({"accuracy": float}), _joined(leaks, [])
+
+
+def _joined(tables: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
+    filled = [table for table in tables if len(table)]
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=columns)
 
 
 def summary(folders: Sequence[RunFolder]) -> Table:
     """What each defense costs and what it stops, with n and 95 % Wilson intervals."""
     rounds, leaks = tables(folders)
-    attacks = sorted(leaks["attack"].unique()) if len(leaks) else [None]
-    table = Table(
-        title=f"stolen: MSE < {STOLEN_MSE} on pixels in [0, 1]; the attacker does not know the defense", title_justify="left"
-    )
-    for column in (
-        "defense",
-        "attack",
-        "accuracy",
-        "sent",
-        "stolen",
-        "95 % interval",
-        "not converged",
-        "median PSNR",
-        "SSIM",
-        "labels",
-    ):
-        table.add_column(column, justify="left" if column in ("defense", "attack") else "right")
+    attacks = list(leaks["attack"].unique()) if len(leaks) else []
+    title = f"stolen: MSE < {STOLEN_MSE} on pixels in [0, 1]; the attacker does not know the defense"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("defense", "attack"):
+        table.add_column(column)
+    for column in ("accuracy", "sent", "stolen", "95 % interval", "not converged", "median PSNR", "SSIM", "labels"):
+        table.add_column(column, justify="right")
     for defense in _in_order(rounds["defense"]):
         of = rounds[rounds["defense"] == defense]
         final = of.dropna(subset="accuracy").sort_values("round").groupby("run")["accuracy"].last()
-        sent, dense = of["bytes_up"].sum(), of["bytes_up_dense"].sum()
-        cells = [f"{final.mean():.1%}" if len(final) else "", f"{size(sent)} ({sent / max(1, dense):.1%})"]
-        for attack in attacks:
+        sent = of.groupby("run")["bytes_up"].sum().mean()
+        share = of["bytes_up"].sum() / max(1, of["bytes_up_dense"].sum())
+        cells = [f"{final.mean():.1%}" if len(final) else "", f"{size(sent)} ({share:.1%})"]
+        for attack in attacks or [None]:
             victims = leaks[(leaks["defense"] == defense) & (leaks["attack"] == attack)] if attack else leaks
             table.add_row(defense, attack or "none", *cells, *_leak_cells(victims))
-    for attack in attacks if len(leaks) else []:
-        first = leaks[(leaks["attack"] == attack) & (leaks["defense"] == leaks["defense"].iloc[0])]
-        for name, what in (("grey", "a grey card"), ("mean_image", "the dataset's mean image")):
-            if f"{name}_mse" in first:
-                passed = int((first[f"{name}_mse"] < STOLEN_MSE).sum())
-                low, high = wilson(passed, len(first))
-                psnr = f"{first[f'{name}_psnr_db'].median():.1f} dB"
-                ssim = f"{first[f'{name}_ssim'].median():.2f}"
-                row = ["", "", f"{passed}/{len(first)}", f"{low:.0%} to {high:.0%}", "", psnr, ssim, ""]
-                table.add_row(what, "none at all", *row, style="dim")
-        break
+    if attacks:
+        # The victims are the same for every defense and attack.
+        first = leaks[(leaks["attack"] == attacks[0]) & (leaks["defense"] == leaks["defense"].iloc[0])]
+        for name, what in (("grey", "a grey card"), ("mean_image", "the mean image"), ("mean_colour", "its mean colour")):
+            passed = int((first[f"{name}_mse"] < STOLEN_MSE).sum())
+            low, high = wilson(passed, len(first))
+            scores = (f"{first[f'{name}_psnr_db'].median():.1f} dB", f"{first[f'{name}_ssim'].median():.2f}")
+            table.add_row(
+                what, "nothing", "", "", f"{passed}/{len(first)}", f"{low:.0%} to {high:.0%}", "", *scores, "", style="dim"
+            )
     return table
 
 
@@ -146,15 +141,10 @@ def _band(axes: Axes, table: pd.DataFrame, x: str, y: str, name: str, index: int
     by = table.dropna(subset=y).groupby(x)[y]
     mean, low, high = by.mean(), by.min(), by.max()
     runs = table["run"].nunique()
-    axes.plot(
-        mean.index, mean, label=name + (f" ({runs} seeds)" if runs > 1 else ""), markersize=5, **_look(index), **_thin(len(mean))
-    )
+    seeds = f" ({runs} seeds)" if runs > 1 else ""
+    axes.plot(mean.index, mean, label=name + seeds, markersize=5, markevery=max(1, len(mean) // 10), **_look(index))
     if runs > 1:
         axes.fill_between(mean.index, low, high, color=COLOURS[index % len(COLOURS)], alpha=0.15, linewidth=0)
-
-
-def _thin(points: int) -> dict[str, Any]:
-    return {"markevery": max(1, points // 10)}
 
 
 def _figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Axes]:
@@ -162,7 +152,7 @@ def _figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Axes]:
 
 
 def _percent(axis: Any) -> None:
-    axis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 def _accuracy(rounds: pd.DataFrame) -> Figure:
@@ -170,7 +160,7 @@ def _accuracy(rounds: pd.DataFrame) -> Figure:
     for i, defense in enumerate(_in_order(rounds["defense"])):
         _band(axes, rounds[rounds["defense"] == defense], "round", "accuracy", defense, i)
     axes.set(xlabel="round", ylabel="accuracy on the test set", ylim=(0, None), title="What the defense costs: accuracy")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _percent(axes.yaxis)
     axes.legend()
     return figure
@@ -181,7 +171,7 @@ def _bytes(rounds: pd.DataFrame) -> Figure:
     for i, defense in enumerate(_in_order(rounds["defense"])):
         of = rounds[rounds["defense"] == defense].sort_values(["run", "round"])
         of = of.assign(megabytes=of.groupby("run")["bytes_up"].cumsum() / 1e6)
-        # Runs of one defense send nearly the same each round; the mean over runs at each round is drawn against the mean of the bytes.
+        # Runs of one defense send nearly the same each round: their mean is drawn against the mean of their bytes.
         of["megabytes"] = of.groupby("round")["megabytes"].transform("mean")
         _band(axes, of[of["megabytes"] > 0], "megabytes", "accuracy", defense, i)
     axes.set(xlabel="sent by all clients so far (MB, log scale)", ylabel="accuracy on the test set", ylim=(0, None), xscale="log")
@@ -191,126 +181,115 @@ def _bytes(rounds: pd.DataFrame) -> Figure:
     return figure
 
 
-def _leak(leaks: pd.DataFrame) -> Figure:
-    figure, axes = _figure()
+def _leak(leaks: pd.DataFrame, attack: str) -> Figure:
+    figure, axes = _figure(8.0, 4.0)
+    leaks = leaks[leaks["attack"] == attack]
     every = sorted(leaks["round"].unique())
-    place = {round: i for i, round in enumerate(every)}
     defenses = _in_order(leaks["defense"])
     for i, defense in enumerate(defenses):
-        of = leaks[leaks["defense"] == defense]
-        x = of["round"].map(place) + (i - (len(defenses) - 1) / 2) * 0.12
-        look = _look(i)
-        done = of["converged"].astype(bool)
-        axes.scatter(x[done], of["psnr_db"][done], s=22, color=look["color"], marker=look["marker"], alpha=0.6, linewidth=0)
-        axes.scatter(
-            x[~done], of["psnr_db"][~done], s=22, facecolor="none", edgecolor=look["color"], marker=look["marker"], alpha=0.8
-        )
-        median = of.groupby("round")["psnr_db"].median()
-        axes.plot(
-            [place[r] + (i - (len(defenses) - 1) / 2) * 0.12 for r in median.index],
-            median,
-            label=defense,
-            color=look["color"],
-            marker=look["marker"],
-            markersize=6,
-        )
-    bar = -10 * np.log10(STOLEN_MSE)
-    axes.axhline(bar, color="#444444", linestyle="--", linewidth=1)
-    axes.text(len(every) - 0.5, bar, f"stolen: MSE < {STOLEN_MSE} ", ha="right", va="bottom", fontsize=8, color="#444444")
-    if "mean_image_psnr_db" in leaks:
-        trivial = leaks["mean_image_psnr_db"].median()
-        axes.axhline(trivial, color="#888888", linestyle=":", linewidth=1)
-        axes.text(len(every) - 0.5, trivial, "the dataset's mean image ", ha="right", va="top", fontsize=8, color="#888888")
+        of, look = leaks[leaks["defense"] == defense], _look(i)
+        place = {round: j + (i - (len(defenses) - 1) / 2) * 0.12 for j, round in enumerate(every)}
+        for converged, fill in ((True, look["color"]), (False, "none")):
+            some = of[of["converged"].astype(bool) == converged]
+            axes.scatter(
+                some["round"].map(place),
+                some["psnr_db"].clip(upper=PERFECT),
+                s=22,
+                marker=look["marker"],
+                facecolor=fill,
+                edgecolor=look["color"],
+                alpha=0.6,
+            )
+        median = of.groupby("round")["psnr_db"].median().clip(upper=PERFECT)
+        axes.plot([place[round] for round in median.index], median, label=defense, markersize=6, **look)
+    for level, text, side in (
+        (-10 * np.log10(STOLEN_MSE), f"stolen: MSE < {STOLEN_MSE}", "bottom"),
+        (leaks["mean_image_psnr_db"].median(), "the dataset's mean image", "top"),
+    ):
+        axes.axhline(level, color="#555555", linestyle="--" if side == "bottom" else ":", linewidth=1)
+        axes.text(len(every) - 0.42, level, text, ha="right", va=side, fontsize=8, color="#555555")
     axes.set_xticks(range(len(every)), [str(round) for round in every])
     axes.set(xlim=(-0.6, len(every) - 0.4), xlabel="round", ylabel="PSNR of the reconstruction (dB)")
-    axes.set_title("What leaks: lines are medians, open marks did not converge")
+    axes.set_title(f"What leaks to {attack}: lines are medians, open marks did not converge")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.set_size_inches(8.0, 4.0)
     return figure
 
 
-def _pareto(rounds: pd.DataFrame, leaks: pd.DataFrame) -> Figure:
-    figure, axes = _figure()
+def _pareto(rounds: pd.DataFrame, leaks: pd.DataFrame, attack: str) -> Figure:
+    figure, axes = _figure(8.0, 4.0)
+    leaks = leaks[leaks["attack"] == attack]
     for i, defense in enumerate(_in_order(leaks["defense"])):
         of = rounds[rounds["defense"] == defense].dropna(subset="accuracy").sort_values("round")
         final = of.groupby("run")["accuracy"].last()
         victims = leaks[leaks["defense"] == defense]
-        stolen = int((victims["verdict"] == "stolen").sum())
-        rate = stolen / len(victims)
-        low, high = wilson(stolen, len(victims))
-        spread = [[final.mean() - final.min()], [final.max() - final.mean()]]
+        stolen, n = int((victims["verdict"] == "stolen").sum()), len(victims)
+        low, high = wilson(stolen, n)
         axes.errorbar(
-            [rate], [final.mean()], yerr=spread, xerr=[[max(0.0, rate - low)], [max(0.0, high - rate)]], label=f"{defense}: {stolen}/{len(victims)}",
-            markersize=7, capsize=3, elinewidth=1, linestyle="none", **_look(i),
-        )  # fmt: skip
-    axes.set(xlim=(-0.02, 1.02), ylim=(0, None), xlabel="images stolen (95 % interval)", ylabel="accuracy after the last round")
+            [stolen / n],
+            [final.mean()],
+            xerr=[[max(0.0, stolen / n - low)], [max(0.0, high - stolen / n)]],
+            yerr=[[final.mean() - final.min()], [final.max() - final.mean()]],
+            label=f"{defense}: {stolen}/{n}",
+            markersize=7,
+            capsize=3,
+            elinewidth=1,
+            linestyle="none",
+            **_look(i),
+        )
+    axes.set(xlim=(-0.02, 1.02), ylim=(0, None), xlabel=f"images stolen by {attack} (95 % interval)", ylabel="accuracy at the end")
     axes.set_title("Better is up and to the left")
     _percent(axes.xaxis)
     _percent(axes.yaxis)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.set_size_inches(8.0, 4.0)
     return figure
 
 
-def _pictures(folders: Sequence[RunFolder], leaks: pd.DataFrame, columns: int = 8) -> Figure:
-    """Original, and what was stolen despite each defense, of the same victims; the median and the worst leak of each row are framed."""
-    first: dict[str, RunFolder] = {}
+def _pictures(folders: Sequence[RunFolder], attack: str, columns: int = 8) -> Figure:
+    """Original, and what was stolen despite each defense, of the same victims; each row's median and worst leak are framed."""
+    rows: dict[str, tuple[RunFolder, pd.DataFrame]] = {}
     for folder in folders:
-        if len(folder.leaks()):
-            first.setdefault(label(folder.config), folder)
-    attack = leaks["attack"].iloc[0]
-    shown = [
-        (name, f, f.leaks()[f.leaks()["attack"] == attack].set_index(["round", "client", "image"])) for name, f in first.items()
-    ]
-    victims = shown[0][2].index
-    for _, _, table in shown[1:]:
-        victims = victims.intersection(table.index)
-    victims = victims.sort_values()[np.unique(np.linspace(0, len(victims) - 1, columns).round().astype(int))]
-    setup = setup_of(shown[0][1].config)
-    figure, grid = plt.subplots(
-        len(shown) + 1,
-        len(victims),
-        figsize=(1.05 * len(victims) + 1.3, 1.22 * (len(shown) + 1) + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
-    for row, (name, folder, table) in enumerate(shown, 1):
-        errors = table.loc[victims, "mse"].to_numpy()
-        worst, median = int(errors.argmin()), int(np.argsort(errors)[(len(errors) - 1) // 2])
-        for column, (round, client, image) in enumerate(victims):
-            axes = grid[row][column]
-            made = folder.reconstructions(attack, round)[client][image]
-            _picture(axes, made)
-            leak = table.loc[(round, client, image)]
-            axes.set_xlabel(
-                f"{leak['psnr_db']:.1f} dB" + ("" if leak["converged"] or leak["verdict"] == "stolen" else " ?"),
-                fontsize=8,
-                labelpad=1,
+        leaks = folder.leaks()
+        if len(leaks) and (leaks["attack"] == attack).any():
+            rows.setdefault(
+                label(folder.config), (folder, leaks[leaks["attack"] == attack].set_index(["round", "client", "image"]))
             )
-            if column in (worst, median):
-                _frame(axes, WORST if column == worst else MEDIAN)
-            truth = setup.truth(round, client)[0].cpu()
-            if row == 1:
-                # The truth in the order in which the reconstructions were matched to it.
-                from attacks.metrics import align
-
-                images = folder.reconstructions(attack, round)[client]
-                _picture(grid[0][column], truth[align(images, truth)][image])
-                grid[0][column].set_title(f"round {round}\nclient {client}", fontsize=8)
-        grid[row][0].set_ylabel(
-            f"stolen\n{name}" if name == "none" else f"despite\n{name.replace(' ', chr(10))}",
-            fontsize=8,
-            rotation=0,
-            ha="right",
-            va="center",
-        )
-    grid[0][0].set_ylabel("original", fontsize=8, rotation=0, ha="right", va="center")
-    config = shown[0][1].config
-    figure.suptitle(
-        f"{setup.dataset.name}, {config['choices']['model']}, {attack}. Orange: worst leak of the row; blue: median; ?: not converged",
-        fontsize=9,
-    )
+    tables = [table for _, table in rows.values()]
+    victims = tables[0].index
+    for table in tables[1:]:
+        # An attack on a few of a client's many images finds other ones despite each defense: then the first defense's are shown.
+        victims = shared if len(shared := victims.intersection(table.index)) else victims
+    victims = victims.sort_values()[np.unique(np.linspace(0, len(victims) - 1, columns).round().astype(int))]
+    config = next(iter(rows.values()))[0].config
+    setup = setup_of(config)
+    size = (1.05 * len(victims) + 1.4, 1.25 * (len(rows) + 1) + 0.5)
+    figure, grid = plt.subplots(len(rows) + 1, len(victims), figsize=size, squeeze=False, layout="constrained")
+    for axes, (round, client, image) in zip(grid[0], victims, strict=True):
+        _picture(axes, setup.truth(round, client)[0][image].cpu())
+        axes.set_title(f"round {round}\nclient {client}", fontsize=8)
+    _row_title(grid[0][0], "original")
+    for line, (name, (folder, table)) in zip(grid[1:], rows.items(), strict=True):
+        _row_title(line[0], f"stolen,\n{name}" if name == "none" else "despite\n" + name.replace(" ", "\n"))
+        here = [victim for victim in victims if victim in table.index]
+        order = sorted(here, key=lambda victim: table.loc[victim, "mse"])
+        for axes, victim in zip(line, victims, strict=True):
+            if victim not in here:
+                axes.axis("off")
+                continue
+            leak = table.loc[victim]
+            _picture(axes, folder.reconstructions(attack, victim[0])[victim[1]][int(leak["reconstruction"])])
+            doubt = " ?" if leak["verdict"] == "not converged" else ""
+            axes.set_xlabel(f"{leak['psnr_db']:.1f} dB{doubt}", fontsize=8, labelpad=1)
+            if victim == order[0]:
+                _frame(axes, WORST)
+            elif victim == order[(len(order) - 1) // 2]:
+                _frame(axes, MEDIAN)
+    legend = "orange: the worst leak of a row; blue: its median; ?: not converged"
+    figure.suptitle(f"{setup.dataset.name}, {config['choices']['model']}, {attack}; {legend}", fontsize=9)
     return figure
+
+
+def _row_title(axes: Axes, text: str) -> None:
+    axes.set_ylabel(text, fontsize=8, rotation=0, ha="right", va="center")
 
 
 def _picture(axes: Axes, image: torch.Tensor) -> None:

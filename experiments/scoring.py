@@ -61,13 +61,13 @@ def true_update_error(setup: Setup, seen: Observation) -> tuple[float, float]:
 def _rows(setup: Setup, attack: str, seen: Observation, made: Reconstruction) -> list[dict[str, Any]]:
     truth, labels = (t.cpu() for t in setup.truth(seen.round, seen.client))
     images, guessed = made.images.cpu(), made.labels.cpu()
-    places = metrics.align(images, truth)
-    truth, labels = truth[places], labels[places]
-    scores = {"mse": metrics.mse(images, truth), "psnr_db": metrics.psnr_db(images, truth), "ssim": metrics.ssim(images, truth)}
+    found, places = metrics.match(images, truth)
+    images, guessed, truths, labels = images[found], guessed[found], truth[places], labels[places]
     first = made.starts[0].cpu()
-    first_truth = truth if len(made.starts) == 1 else setup.truth(seen.round, seen.client)[0].cpu()
-    first_mse = metrics.mse(first, first_truth[metrics.align(first, first_truth)] if len(made.starts) > 1 else first_truth)
-    trivial = metrics.baselines(truth, setup.dataset.mean_image)
+    first_found, first_places = metrics.match(first, truth)
+    first_mse = metrics.mse(first[first_found], truth[first_places])
+    scores = {"mse": metrics.mse(images, truths), "psnr_db": metrics.psnr_db(images, truths), "ssim": metrics.ssim(images, truths)}
+    trivial = metrics.baselines(truths, setup.dataset.mean_image)
     whole, layer = true_update_error(setup, seen)
     return [
         {
@@ -75,7 +75,8 @@ def _rows(setup: Setup, attack: str, seen: Observation, made: Reconstruction) ->
             "attacker": "naive",  # it does not know the defense
             "round": seen.round,
             "client": seen.client,
-            "image": i,
+            "image": int(places[i]),
+            "reconstruction": int(found[i]),
             "verdict": verdict(float(scores["mse"][i]), made.converged),
             **{name: float(values[i]) for name, values in scores.items()},
             "label": int(labels[i]),

@@ -31,8 +31,8 @@ def _tensor(array: np.ndarray) -> Tensor:
 def numpy_of(array: Array) -> np.ndarray:
     """A read-only view of an array's data.
 
-    Equal to `array.numpy()`, which parses the header of the NPY format as Python source: 0.1 ms for each tensor of each client, more
-    than the rest of a small client's message. Flower states dtype and shape beside it, so only the header's length is read.
+    Equal to `array.numpy()`, which parses the NPY header as Python source, for each tensor of each client: more work than the rest
+    of a small client's message. Flower states dtype and shape beside it, so only the header's length is read.
     """
     data = array.data
     if array.stype != "numpy.ndarray" or data[:8] != b"\x93NUMPY\x01\x00" or b"'fortran_order': False" not in data[:128]:

@@ -146,7 +146,7 @@ class RunFolder:
 
     def save_reconstructions(self, attack: str, seen: Sequence[Observation], found: Sequence[Reconstruction]) -> None:
         """Saves what `attack` made of what was seen in one round."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for one, made in zip(seen, found, strict=True):
             name = f"client_{one.client:05d}"
             tensors |= {f"{name}/images": made.images, f"{name}/labels": made.labels, f"{name}/losses": made.losses}

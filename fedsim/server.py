@@ -10,7 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -188,14 +188,14 @@ class SeededStrategy(Forwarding):
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         with _random_seeded(seed_of(self.seed, "clients", server_round + self.after)):
-            return list(super().configure_train(server_round + self.after, arrays, config, _Ordered(grid, self.nodes)))
+            return list(super().configure_train(server_round + self.after, arrays, config, cast(Grid, _Ordered(grid, self.nodes))))
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         return super().aggregate_train(server_round + self.after, replies)
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         with _random_seeded(seed_of(self.seed, "evaluators", server_round + self.after)):
-            return list(super().configure_evaluate(server_round + self.after, arrays, config, _Ordered(grid, self.nodes)))
+            return list(super().configure_evaluate(server_round + self.after, arrays, config, cast(Grid, _Ordered(grid, self.nodes))))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         by_client = sorted(replies, key=lambda reply: self.nodes.index(reply.metadata.src_node_id))
@@ -240,9 +240,9 @@ def nodes_by_client(grid: Grid, clients: int, timeout: float = 600.0) -> list[in
     return [found[client] for client in range(clients)]
 
 
-# What a strategy remembers from round to round (Adam's moments, a momentum vector) are arrays among its attributes. They are saved by
-# their kind, since each strategy has its own: a name such as "m_t:dict:000000:conv1.weight" says how to put them back, and where,
-# for strategies that pair lists by position.
+# What a strategy remembers from round to round (Adam's moments, a momentum vector) are arrays among its attributes. They are saved
+# by their kind, since each strategy has its own: a name such as "m_t:dict:000000:conv1.weight" says how to put them back, and
+# where, for strategies that pair lists by position.
 
 _SCALARS = (bool, int, float)
 

@@ -29,6 +29,8 @@ class Tap:
             whole("tap.every", self.every)
         if isinstance(self.rounds, str):
             one_of("tap.rounds", self.rounds, ["all"])
+        elif self.rounds is not None and not isinstance(self.rounds, Sequence):
+            raise ValueError(f"tap.rounds must be a list of rounds, all, or null, got {self.rounds!r}")
         for round in self.rounds if isinstance(self.rounds, Sequence) and not isinstance(self.rounds, str) else ():
             whole("tap.rounds", round)
         if isinstance(self.clients, str):

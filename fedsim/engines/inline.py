@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
@@ -78,7 +79,7 @@ class InlineGrid(Grid):
 
     def _context(self, node: int) -> Context:
         if node not in self._contexts:
-            place = {"partition-id": node - _SERVER - 1, "num-partitions": self._clients}
+            place: UserConfig = {"partition-id": node - _SERVER - 1, "num-partitions": self._clients}
             self._contexts[node] = Context(self._run.run_id, node, place, RecordDict(), {})
         return self._contexts[node]
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
@@ -26,5 +27,5 @@ class Ray:
         """Runs the apps to their end."""
         from flwr.simulation import run_simulation
 
-        resources = {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        resources: Any = {"num_cpus": self.cpus, "num_gpus": self.gpus}
         run_simulation(server, client, clients, backend_config={"client_resources": resources})
