@@ -32,7 +32,7 @@ class TopK:
 
     def _sparse(self, packet: Packet) -> Packet:
         n = packet.values.numel()
-        # A millionth of an entry of slack: 0.1 * 30 is 3.0000000000000004 in floating point, and means 3.
+        # A millionth of an entry of slack: 0.07 * 100 is 7.000000000000001 in floating point, and means 7.
         k = min(n, max(1, math.ceil(self.ratio * n - 1e-6)))
         if k == n:
             return packet

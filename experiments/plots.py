@@ -85,47 +85,55 @@ def _joined(tables: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
 def summary(folders: Sequence[RunFolder]) -> Table:
     """What each defense costs and what it stops, with n and 95 % Wilson intervals."""
     rounds, leaks = tables(folders)
-    attacks = list(leaks["attack"].unique()) if len(leaks) else []
-    title = f"stolen: MSE < {STOLEN_MSE} on pixels in [0, 1]; the attacker does not know the defense"
+    attacks = list(leaks["attack"].unique()) if len(leaks) else ["none"]
+    who = f", by {attacks[0]}" if len(attacks) == 1 else ""
+    title = f"stolen: MSE < {STOLEN_MSE} on pixels in [0, 1]{who}, which does not know the defense"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("defense", "attack"):
-        table.add_column(column)
-    for column in ("accuracy", "sent", "stolen", "95 % interval", "not converged", "median PSNR", "SSIM", "labels"):
+    table.add_column("defense")
+    for column in ("accuracy", "sent", "of dense", "stolen", "95 %", "> 20 dB", "SSIM ≥ 0.6", "not converged", "PSNR", "labels"):
         table.add_column(column, justify="right")
     for defense in _in_order(rounds["defense"]):
         of = rounds[rounds["defense"] == defense]
         final = of.dropna(subset="accuracy").sort_values("round").groupby("run")["accuracy"].last()
         sent = of.groupby("run")["bytes_up"].sum().mean()
         share = of["bytes_up"].sum() / max(1, of["bytes_up_dense"].sum())
-        cells = [f"{final.mean():.1%}" if len(final) else "", f"{size(sent)} ({share:.1%})"]
-        for attack in attacks or [None]:
-            victims = leaks[(leaks["defense"] == defense) & (leaks["attack"] == attack)] if attack else leaks
-            table.add_row(defense, attack or "none", *cells, *_leak_cells(victims))
-    if attacks:
+        cells = [f"{final.mean():.1%}" if len(final) else "", size(sent), f"{share:.1%}"]
+        for attack in attacks:
+            name = defense if len(attacks) == 1 else f"{defense}, {attack}"
+            victims = leaks[(leaks["defense"] == defense) & (leaks["attack"] == attack)] if len(leaks) else leaks
+            table.add_row(name, *cells, *_leak_cells(victims))
+    if len(leaks):
         # The victims are the same for every defense and attack.
         first = leaks[(leaks["attack"] == attacks[0]) & (leaks["defense"] == leaks["defense"].iloc[0])]
         for name, what in (("grey", "a grey card"), ("mean_image", "the mean image"), ("mean_colour", "its mean colour")):
             passed = int((first[f"{name}_mse"] < STOLEN_MSE).sum())
-            low, high = wilson(passed, len(first))
-            scores = (f"{first[f'{name}_psnr_db'].median():.1f} dB", f"{first[f'{name}_ssim'].median():.2f}")
-            table.add_row(
-                what, "nothing", "", "", f"{passed}/{len(first)}", f"{low:.0%} to {high:.0%}", "", *scores, "", style="dim"
-            )
+            rate = _rate(passed, len(first))
+            table.add_row(what, "", "", "", *rate, *_bars(first, f"{name}_"), "", _median(first, f"{name}_"), "", style="dim")
     return table
 
 
 def _leak_cells(victims: pd.DataFrame) -> list[str]:
     n = len(victims)
     if not n:
-        return ["", "", "", "", "", ""]
-    stolen = int((victims["verdict"] == "stolen").sum())
-    low, high = wilson(stolen, n)
-    unfinished = int((victims["verdict"] == "not converged").sum())
-    labels = int(victims["label_right"].sum())
-    return [
-        *(f"{stolen}/{n}", f"{low:.0%} to {high:.0%}", f"{unfinished}/{n}"),
-        *(f"{victims['psnr_db'].median():.1f} dB", f"{victims['ssim'].median():.2f}", f"{labels}/{n}"),
-    ]
+        return [""] * 7
+    verdicts = list(victims["verdict"])
+    rate = _rate(verdicts.count("stolen"), n)
+    labels = f"{int(victims['label_right'].sum())}/{n}"
+    return [*rate, *_bars(victims), f"{verdicts.count('not converged')}/{n}", _median(victims), labels]
+
+
+def _rate(count: int, n: int) -> list[str]:
+    low, high = wilson(count, n)
+    return [f"{count}/{n}", f"{100 * low:.0f}-{100 * high:.0f} %"]
+
+
+def _bars(victims: pd.DataFrame, of: str = "") -> list[str]:
+    """How many pass the two bars that a plain colour does not."""
+    return [str(int((victims[f"{of}psnr_db"] > 20).sum())), str(int((victims[f"{of}ssim"] >= 0.6).sum()))]
+
+
+def _median(victims: pd.DataFrame, of: str = "") -> str:
+    return f"{victims[f'{of}psnr_db'].median():.1f} dB"
 
 
 def _in_order(values: pd.Series) -> list[str]:

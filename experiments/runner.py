@@ -24,7 +24,7 @@ from fedsim.federation import Checkpoint, Round
 from fedsim.observation import Observation
 from fedsim.run import RunFolder
 from fedsim.seeding import generator
-from fedsim.setup import Setup, device_of, setup_of
+from fedsim.setup import Setup, device_of, one_thread, setup_of
 from fedsim.tap import Tap
 
 
@@ -59,6 +59,7 @@ def attack_of(config: Config) -> Any:
 
 def start(config: Config, path: Path, command: str) -> RunFolder:
     """Runs `config` in a new folder at `path`."""
+    one_thread()
     setup = setup_of(config)
     folder = RunFolder.create(path, config, environment(setup, command))
     folder.save_partition(setup.shards)
@@ -68,9 +69,12 @@ def start(config: Config, path: Path, command: str) -> RunFolder:
 
 def resume(folder: RunFolder) -> RunFolder:
     """Goes on with an interrupted run from its last finished round; does nothing to one that is finished."""
+    one_thread()
     setup = setup_of(folder.config)
     checkpoint = folder.checkpoint()
     folder.rewind(-1 if checkpoint is None else checkpoint.round)
+    if checkpoint is None:
+        folder.save_partition(setup.shards)  # it may have been stopped before it had one
     _go(setup, folder, checkpoint)
     return folder
 
@@ -129,6 +133,7 @@ def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
 
 def attack_again(folder: RunFolder, attack: Any, name: str) -> None:
     """Attacks everything a run has captured, as one program, and adds what leaked to its table."""
+    one_thread()
     setup = setup_of(folder.config)
     seen = [one for round in folder.observed_rounds() for one in folder.observations(round)]
     if not seen:

@@ -9,7 +9,7 @@ from attacks import metrics
 from fedsim.observation import Knowledge, Observation, Reconstruction
 from fedsim.protocols import FedSGD
 from fedsim.run import on_device
-from fedsim.setup import Setup, model_of, one_thread
+from fedsim.setup import Setup, model_of
 from fedsim.updates import relative_error
 
 STOLEN_MSE = (
@@ -100,5 +100,4 @@ def attacked(
     setup: Setup, attack: Any, seen: Sequence[Observation], rng: torch.Generator, report: Any = None
 ) -> list[Reconstruction]:
     """What `attack` makes of what was seen, on the run's device."""
-    one_thread()
     return attack([on_device(one, setup.device) for one in seen], knowledge(setup), setup.model(), rng, report=report)

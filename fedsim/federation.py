@@ -116,6 +116,7 @@ def server_app(
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        one_thread()  # torch would wait for all cores, some of which are busy with clients
         params, buffers = split(setup.model())
         protocol, seed = setup.protocol, setup.seed
         inner = build(

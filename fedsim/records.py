@@ -1,5 +1,7 @@
 """Between tensors and Flower's records. Everything that crosses the wire is made and read here."""
 
+import functools
+import io
 import math
 from collections.abc import Mapping
 
@@ -9,14 +11,56 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedsim.observation import Observation
-from fedsim.wire import Packets, from_bytes, to_bytes
+from fedsim.wire import Packet, Packets, from_bytes, nbytes, parts
 
 ARRAYS, PACKETS, BUFFERS, METRICS, CONFIG, SENDER = "arrays", "packets", "buffers", "metrics", "config", "sender"
 
 
 def arrays_of(*tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Named tensors as Flower arrays, dtypes kept."""
-    return ArrayRecord({name: Array(t.detach().cpu().numpy()) for group in tensors for name, t in group.items()})
+    return _record({name: array_of(t.detach().cpu().numpy()) for group in tensors for name, t in group.items()})
+
+
+def held_arrays_of(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """Arrays for a strategy in this process, which makes no bytes of them unless it looks at their `data`."""
+    return _record({name: _HeldArray(array) for name, array in arrays.items()})
+
+
+def _record(arrays: Mapping[str, Array]) -> ArrayRecord:
+    record = ArrayRecord()  # given them here, it would make each anew
+    record.update(arrays)
+    return record
+
+
+class _HeldArray(Array):
+    def __init__(self, array: np.ndarray) -> None:
+        self.dtype, self.shape, self.stype = str(array.dtype), array.shape, "numpy.ndarray"
+        self.__dict__["array"] = array
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        return array_of(self.__dict__["array"]).data
+
+    def numpy(self) -> np.ndarray:
+        return self.__dict__["array"].copy()
+
+
+def array_of(array: np.ndarray) -> Array:
+    """Equal to `Array(array)`, which copies the data three times on its way; here it is copied once."""
+    return _array(array.dtype, array.shape, np.ascontiguousarray(array).data)
+
+
+def _array(dtype: np.dtype, shape: tuple[int, ...], *data: bytes | memoryview) -> Array:
+    return Array(str(dtype), shape, "numpy.ndarray", b"".join((_npy_header(dtype, shape), *data)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
+    return header.getvalue()
 
 
 def tensors_of(arrays: ArrayRecord, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -45,13 +89,17 @@ def reply_of(packets: Packets, buffers: Mapping[str, Tensor], num_examples: int,
     """A client's reply: the packets as bytes, BatchNorm statistics as they are, and what the protocol reports."""
     return RecordDict(
         {
-            PACKETS: ArrayRecord({name: Array(np.frombuffer(to_bytes(p), dtype=np.uint8)) for name, p in packets.items()}),
+            PACKETS: _record({name: _array_of_packet(packet) for name, packet in packets.items()}),
             BUFFERS: arrays_of(buffers),
             METRICS: MetricRecord({"num-examples": num_examples, "train-loss": loss}),
             # Strategies average every entry of a MetricRecord, so who sent it stands apart.
             SENDER: ConfigRecord({"client": client}),
         }
     )
+
+
+def _array_of_packet(packet: Packet) -> Array:
+    return _array(np.dtype(np.uint8), (nbytes(packet),), *parts(packet))
 
 
 def observation_of(reply: RecordDict, params: dict[str, Tensor], buffers: dict[str, Tensor], round: int) -> Observation:

@@ -247,6 +247,9 @@ def iterate(folders: Iterable[Path]) -> list[RunFolder]:
     found = []
     for folder in folders:
         inside = [folder] if (folder / "config.json").is_file() else sorted(p.parent for p in folder.glob("*/config.json"))
+        if (plan := folder / "multirun.json").is_file():
+            asked = list(json.loads(plan.read_text())["cells"])  # the order they were asked for in
+            inside.sort(key=lambda path: asked.index(path.name) if path.name in asked else len(asked))
         if not inside:
             raise RunError(f"{folder} holds no run: neither it nor a folder in it has a config.json")
         found += [RunFolder(path) for path in inside]

@@ -19,7 +19,18 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedsim.observation import Observation
-from fedsim.records import ARRAYS, METRICS, SENDER, arrays_of, numpy_of, observation_of, tensors_of, wire_bytes
+from fedsim.records import (
+    ARRAYS,
+    METRICS,
+    SENDER,
+    array_of,
+    arrays_of,
+    held_arrays_of,
+    numpy_of,
+    observation_of,
+    tensors_of,
+    wire_bytes,
+)
 from fedsim.seeding import seed_of
 
 log = logging.getLogger(__name__)
@@ -75,18 +86,24 @@ class UpdateStrategy(Forwarding):
         params = {name: t for name, t in self._sent.items() if name not in self.buffers}
         seen = observation_of(reply.content, params, {}, server_round)
         update = seen.update
-        after = {name: t - self.scale * update[name] for name, t in params.items()}
-        content = RecordDict({ARRAYS: arrays_of(after, seen.sent_buffers), METRICS: reply.content.metric_records[METRICS]})
+        after = {name: _step(t.numpy(), update[name].numpy(), self.scale) for name, t in params.items()}
+        after |= {name: t.numpy() for name, t in seen.sent_buffers.items()}
+        content = RecordDict({ARRAYS: held_arrays_of(after), METRICS: reply.content.metric_records[METRICS]})
         return _with_content(reply, content)
 
     def _like_sent(self, arrays: ArrayRecord) -> ArrayRecord:
         # BatchNorm counts its batches in int64, and a strategy averages everything into floats.
         return ArrayRecord(
             {
-                name: Array(numpy_of(array).astype(self._sent[name].numpy().dtype).reshape(tuple(self._sent[name].shape)))
+                name: array_of(numpy_of(array).astype(self._sent[name].numpy().dtype).reshape(tuple(self._sent[name].shape)))
                 for name, array in arrays.items()
             }
         )
+
+
+def _step(before: np.ndarray, update: np.ndarray, scale: float) -> np.ndarray:
+    """`before - scale * update`, written over `update`. In NumPy: torch would wait for all cores, some of which are busy."""
+    return np.subtract(before, np.multiply(update, scale, out=update), out=update)
 
 
 def _sender(reply: Message) -> int:
@@ -195,7 +212,9 @@ class SeededStrategy(Forwarding):
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         with _random_seeded(seed_of(self.seed, "evaluators", server_round + self.after)):
-            return list(super().configure_evaluate(server_round + self.after, arrays, config, cast(Grid, _Ordered(grid, self.nodes))))
+            return list(
+                super().configure_evaluate(server_round + self.after, arrays, config, cast(Grid, _Ordered(grid, self.nodes)))
+            )
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         by_client = sorted(replies, key=lambda reply: self.nodes.index(reply.metadata.src_node_id))

@@ -66,25 +66,29 @@ def local_update(
     """
     start = {name: t.detach() for name, t in params.items()}
     buffers = {name: t.clone() for name, t in buffers.items()}  # BatchNorm writes to them
-    now = dict(start)
+    moved: Update = {}  # kept rather than subtracted from `start` in the end, which would round the update to the size of a weight
     velocity: dict[str, Tensor] = {}
     losses = []
     for images, labels in batches:
+        now = difference(start, moved) if moved else start
         leaves = {name: t.detach().requires_grad_() for name, t in now.items()}
         loss = batch_loss(model, leaves, buffers, images, labels)
         gradients = torch.autograd.grad(loss, list(leaves.values()))
         losses.append(loss.detach())
-        for (name, gradient), before in zip(zip(now, gradients, strict=True), start.values(), strict=True):
+        for name, gradient in zip(now, gradients, strict=True):
             if weight_decay:
                 gradient = gradient.add(now[name], alpha=weight_decay)
-            if proximal:
-                gradient = gradient.add(now[name] - before, alpha=proximal)
+            if proximal and name in moved:
+                gradient = gradient.sub(moved[name], alpha=proximal)
             if momentum:
-                gradient = velocity[name] = velocity.get(name, torch.zeros_like(gradient)).mul(momentum).add(gradient)
-            now[name] = now[name].detach().sub(gradient, alpha=lr)
+                gradient = velocity[name] = velocity[name].mul(momentum).add(gradient) if name in velocity else gradient
+            if name in moved:
+                moved[name] = moved[name].add(gradient, alpha=lr)
+            else:
+                moved[name] = gradient if lr == 1 else gradient.mul(lr)
     if not losses:
         raise ValueError("a local update needs at least one batch, got none")
-    return Trained(difference(start, now), buffers, float(torch.stack(losses).mean()))
+    return Trained(moved, buffers, float(torch.stack(losses).mean()))
 
 
 @torch.no_grad()

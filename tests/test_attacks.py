@@ -396,6 +396,7 @@ PRESETS = [
     attacks.dlg(restarts=2, evaluations=12),
     attacks.idlg(restarts=2, evaluations=12),
     attacks.inverting_gradients(restarts=2, iterations=12),
+    attacks.cosine_lbfgs(restarts=2, evaluations=12),
 ]
 
 
@@ -432,7 +433,7 @@ def test_every_preset_keeps_the_contract(attack: GradientMatching) -> None:
     assert not any(p.requires_grad and p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("preset", [attacks.dlg, attacks.idlg, attacks.inverting_gradients])
+@pytest.mark.parametrize("preset", [attacks.dlg, attacks.idlg, attacks.inverting_gradients, attacks.cosine_lbfgs])
 def test_order_is_that_of_the_observations(preset: type) -> None:
     # The same victims the other way round, with the same starts: shapes tell them apart, results must follow.
     model = Small()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from worlds import FEDAVG, FEDSGD, TOPK_EF, assert_same, config, federate
 
-from fedsim.engines.inline import Inline
+from fedsim.engines.inline import Inline, InlineGrid
 from fedsim.engines.ray import Ray
 from fedsim.federation import Engine
 
@@ -44,6 +44,13 @@ def test_two_workers_compute_what_one_does(made, tmp_path):
     assert (tmp_path / "two").exists() == ("defense" in made and made["defense"] is TOPK_EF)
 
 
+def test_the_order_in_which_replies_arrive_changes_nothing(tmp_path, monkeypatch):
+    expected = record_of(Inline(1), RUNS["FedSGD"], tmp_path)
+    answers = InlineGrid.send_and_receive
+    monkeypatch.setattr(InlineGrid, "send_and_receive", lambda grid, *asked, **rest: answers(grid, *asked, **rest)[::-1])
+    assert_same_record(record_of(Inline(1), RUNS["FedSGD"], tmp_path), expected)
+
+
 def python(code: str, *arguments: object) -> None:
     """Runs `code` in a process of its own, which can import what stands beside this file."""
     paths = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent))
@@ -53,13 +60,13 @@ def python(code: str, *arguments: object) -> None:
 
 
 ON_RAY = """
-import sys, pathlib, ray, torch, test_engines
+import os, sys, pathlib, ray, torch, test_engines
 from fedsim.engines.ray import Ray
-from fedsim.federation import Engine
 end, ray.shutdown = ray.shutdown, lambda: None  # Flower takes a Ray that runs already, and would end it after each run
 folder = pathlib.Path(sys.argv[1])
-for name in test_engines.RAY_RUNS:
-    torch.save(test_engines.record_of(Ray(), test_engines.RUNS[name], folder / "memory" / name), folder / f"{name}.pt")
+cores = os.cpu_count() or 1
+for name, cpus in zip(test_engines.RAY_RUNS, (max(1, cores // 2), cores)):  # two workers, then one: each imports torch anew
+    torch.save(test_engines.record_of(Ray(cpus=cpus), test_engines.RUNS[name], folder / "memory" / name), folder / f"{name}.pt")
 end()
 """
 
@@ -95,7 +102,7 @@ def test_without_ray_the_way_out_is_named(monkeypatch):
         Ray()
 
 
-def test_flower_still_has_the_private_names_that_the_inline_engine_relies_on(monkeypatch):
+def test_flower_still_has_the_private_names_that_the_inline_engine_relies_on():
     release = f"flwr {version('flwr')} moved it: mend fedsim/engines/inline.py and fedsim/server.py, or pin flwr<1.42"
     try:
         from flwr.app import Context, Error, Message, RecordDict
@@ -106,9 +113,8 @@ def test_flower_still_has_the_private_names_that_the_inline_engine_relies_on(mon
         pytest.fail(f"{error}; {release}")
     run = Run.create_empty(7)
     assert run.run_id == 7, release
-    assert {"run_id", "node_id", "task_id"} <= set(TaskIdentity.__annotations__), release
-    for name in ("run_id", "node_id", "task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1, raising=False)
+    assert all(hasattr(type(TaskIdentity), name) for name in ("run_id", "node_id", "task_id")), release
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 1, 1
     message = Message(RecordDict(), 2, "train", ttl=None, group_id="1")
     assert "_message_id" in message.metadata.__dict__, release
     assert "_content" in message.__dict__, release

@@ -76,18 +76,19 @@ def test_a_packet_without_values_arrives():
 
 
 SIZES = {
-    # flags and number of dimensions: 2 bytes, 4 a dimension; then what the layout says, n = 105
-    "floats": (None, None, 2 + 3 * 4 + 105 * 4),
-    "4 bits": (None, 4, 2 + 3 * 4 + 9 + 53),  # 105 * 4 bits are 52.5 bytes
-    "2 of 105 as indices": (0.02, None, 2 + 3 * 4 + 4 + 2 + 2 * 4),  # 2 indices of 7 bits are 14 bits
-    "52 of 105 as a bitmap": (0.5, None, 2 + 3 * 4 + 4 + 14 + 52 * 4),  # 105 bits are 14 bytes, 52 * 7 bits would be 46
-    "52 of 105 as a bitmap, 4 bits": (0.5, 4, 2 + 3 * 4 + 4 + 14 + 9 + 26),
+    # flags and number of dimensions: 2 bytes, 4 a dimension; then what the layout says
+    "2 of 64 x 64 as indices": ((64, 64), 0.0005, None, 2 + 2 * 4 + 4 + 3 + 2 * 4),  # places 0..4095 take 12 bits, two 3 bytes
+    "floats": ((3, 5, 7), None, None, 2 + 3 * 4 + 105 * 4),
+    "4 bits": ((3, 5, 7), None, 4, 2 + 3 * 4 + 9 + 53),  # 105 * 4 bits are 52.5 bytes
+    "2 of 105 as indices": ((3, 5, 7), 0.02, None, 2 + 3 * 4 + 4 + 2 + 2 * 4),  # 2 indices of 7 bits are 14 bits
+    "52 of 105 as a bitmap": ((3, 5, 7), 0.5, None, 2 + 3 * 4 + 4 + 14 + 52 * 4),  # 105 bits are 14 bytes, 52 * 7 bits would be 46
+    "52 of 105 as a bitmap, 4 bits": ((3, 5, 7), 0.5, 4, 2 + 3 * 4 + 4 + 14 + 9 + 26),
 }
 
 
-@pytest.mark.parametrize(("share", "bits", "expected"), SIZES.values(), ids=SIZES)
-def test_a_packet_takes_the_bytes_its_layout_says(share, bits, expected):
-    assert len(to_bytes(packet_of((3, 5, 7), share, bits))) == expected
+@pytest.mark.parametrize(("shape", "share", "bits", "expected"), SIZES.values(), ids=SIZES)
+def test_a_packet_takes_the_bytes_its_layout_says(shape, share, bits, expected):
+    assert len(to_bytes(packet_of(shape, share, bits))) == expected
 
 
 def test_sixteen_levels_cost_half_a_byte_an_entry_and_a_header():

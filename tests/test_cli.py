@@ -1,0 +1,207 @@
+"""The `fedsim` command as its users meet it: what it prints, what it writes, and what its exit code is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_config import WRONG
+
+from experiments import cli
+from fedsim.run import RunFolder
+
+REPOSITORY = Path(__file__).parent.parent
+TINY = ["data.train_size=41", "data.test_size=13", "federation.clients=3", "federation.per_round=2", "rounds=2", "device=cpu"]
+TINY += ["engine.workers=1", "tap.every=2", "tap.rounds=[]", "attack.evaluations=20", "attack.restarts=1"]
+
+
+def fedsim(*words: object) -> int:
+    try:
+        return cli.main([str(word) for word in words])
+    except SystemExit as stop:  # argparse
+        return int(stop.code or 0)
+
+
+def figures(folder: Path) -> set[str]:
+    """Kinds of figures drawn, each as PNG and as SVG; those of one attack are named after it."""
+    drawn = {suffix: {path.stem for path in folder.glob(f"*{suffix}")} for suffix in (".png", ".svg")}
+    assert drawn[".png"] == drawn[".svg"]
+    return {name.removesuffix("_dlg").removesuffix("_idlg") for name in drawn[".png"]}
+
+
+def python(code: str, path: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`code` in a process of its own, with `path` before everything else that can be imported."""
+    search = os.pathsep.join([str(path), str(REPOSITORY)])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": search} | environment,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of 2 rounds whose 2 clients of round 2 were attacked with dlg."""
+    out = tmp_path_factory.mktemp("runs")
+    assert fedsim("run", *TINY, f"out={out}", "name=one") == 0
+    return out / "one"
+
+
+def test_a_run_leaves_its_tables_its_figures_and_what_it_was_made_from(run):
+    folder = RunFolder.open(run)
+    assert list(folder.rounds()["round"]) == [0, 1, 2]
+    assert set(folder.leaks()["attack"]) == {"dlg"}
+    assert len(folder.leaks()) == 2
+    assert folder.config["choices"]["defense"] == "none"
+    for name in ("environment.json", "partition.safetensors", "checkpoint.safetensors", "log.txt"):
+        assert (run / name).stat().st_size > 0
+    assert {"accuracy", "leak", "pictures", "partition"} <= figures(run / "figures")
+
+
+def test_another_attack_adds_rows_and_keeps_the_old(run, capsys):
+    before = RunFolder(run).leaks()
+    old = before[before["attack"] == "dlg"].reset_index(drop=True)
+    assert fedsim("attack", run, "attack=idlg", "attack.evaluations=20", "attack.restarts=1") == 0
+    after = RunFolder(run).leaks()
+    pd.testing.assert_frame_equal(after[after["attack"] == "dlg"].reset_index(drop=True), old)
+    assert (after["attack"] == "idlg").sum() == 2
+    assert "idlg" in capsys.readouterr().out
+    assert fedsim("attack", run, "attack=none") == 2
+    assert fedsim("attack", run, "defense=topk") == 2
+    assert "'defense=topk' is not a setting of an attack" in capsys.readouterr().err
+    assert len(RunFolder(run).leaks()) == len(after)
+
+
+def test_plot_draws_into_the_folder_it_is_given(run, tmp_path, capsys):
+    assert fedsim("plot", run, "-o", tmp_path / "figures") == 0
+    assert {"accuracy", "leak", "pictures", "partition"} <= figures(tmp_path / "figures")
+    assert str(tmp_path / "figures" / "accuracy.png") in capsys.readouterr().out.replace("\n", "")
+
+
+def test_resuming_a_finished_run_says_so(run, capsys):
+    before = (run / "checkpoint.safetensors").stat().st_mtime_ns
+    assert fedsim("run", "--resume", run) == 0
+    assert "is finished: all 2 rounds are there" in capsys.readouterr().out
+    assert (run / "checkpoint.safetensors").stat().st_mtime_ns == before
+    assert fedsim("run", "--resume", run, "rounds=3") == 2
+    assert "leave out rounds=3" in capsys.readouterr().err
+
+
+def test_the_same_name_twice_is_refused(run, capsys):
+    assert fedsim("run", *TINY, f"out={run.parent}", "name=one") == 2
+    assert "holds a run already: resume it with --resume" in capsys.readouterr().err
+
+
+def test_a_sweep_is_a_folder_of_runs_and_their_comparison(tmp_path, capsys):
+    words = ["run", "-m", *TINY, f"out={tmp_path}", "name=all", "defense=none,topk", "seed=0,1"]
+    assert fedsim(*words) == 0
+    folders = sorted(path.parent.name for path in (tmp_path / "all").glob("*/config.json"))
+    assert folders == ["none_dlg_seed=0", "none_dlg_seed=1", "topk_ratio=0.1_dlg_seed=0", "topk_ratio=0.1_dlg_seed=1"]
+    assert {"accuracy", "leak", "accuracy_against_leak"} <= figures(tmp_path / "all" / "figures")
+    assert "topk ratio=0.1" in capsys.readouterr().out
+    assert fedsim(*words) == 2
+    assert "exists already" in capsys.readouterr().err
+    # A cell that is gone is made again, the others are left alone.
+    kept = tmp_path / "all" / folders[0] / "checkpoint.safetensors"
+    before = kept.stat().st_mtime_ns
+    for path in sorted((tmp_path / "all" / folders[3]).rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    assert fedsim("run", "--resume", tmp_path / "all") == 0
+    assert (tmp_path / "all" / folders[3] / "checkpoint.safetensors").exists()
+    assert kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("overrides", "message"), WRONG, ids=[" ".join(overrides) for overrides, _ in WRONG])
+def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(overrides, message, tmp_path, capsys):
+    assert fedsim("run", *overrides, f"out={tmp_path}") == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert not said.out
+    assert list(tmp_path.iterdir()) == []
+
+
+WORDS = [
+    (["run", "--resum", "x"], "config.json"),  # argparse takes a prefix
+    (["run", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+    (["rum"], "invalid choice"),
+    (["plot", "/nonexistent"], "holds no run"),
+    (["attack", "/nonexistent"], "holds no run"),
+    (["run", "--resume", "/nonexistent"], "is not a run's folder"),
+    (["list", "defences"], "did you mean 'defenses'?"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WORDS, ids=[" ".join(words) for words, _ in WORDS])
+def test_a_command_that_cannot_be_meant_is_told(words, message, capsys):
+    assert fedsim(*words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "some"),
+    [
+        ("defenses", ["none", "topk", "topk_ef"]),
+        ("attacks", ["dlg", "idlg"]),
+        ("models", ["lenet", "resnet18"]),
+        ("datasets", ["cifar10", "synthetic"]),
+        ("strategies", ["fedavg", "krum"]),
+        ("engines", ["inline", "ray"]),
+    ],
+)
+def test_list_explains_the_choices_of_a_kind(kind, some, capsys):
+    assert fedsim("list", kind) == 0
+    out = capsys.readouterr().out
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines()[1:])
+    assert set(some) <= set(rows)
+    assert all(text.endswith(".") for text in rows.values())
+
+
+def test_show_config_prints_and_runs_nothing(tmp_path, capsys):
+    assert fedsim("run", "--show-config", "defense=topk", f"out={tmp_path}") == 0
+    assert "ratio: 0.1" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+HELP = """
+import sys
+from experiments.cli import main
+try:
+    main(["--help"])
+except SystemExit as stop:
+    assert not stop.code
+heavy = {"torch", "hydra", "omegaconf", "flwr", "numpy", "matplotlib", "ray"} & set(sys.modules)
+sys.exit(str(heavy) if heavy else 0)
+"""
+
+
+def test_help_waits_for_neither_torch_nor_hydra():
+    done = python(HELP)
+    assert done.returncode == 0, done.stderr
+    assert "fedsim run -m" in done.stdout
+
+
+def test_the_doctor_finds_a_sound_installation_sound(capsys):
+    assert fedsim("doctor") == 0
+    said = capsys.readouterr().out
+    assert "FAIL" not in said
+    for part in ("python", "torch", "torchvision", "flower", "ray", "data", "disk", "offline"):
+        assert f" {part} " in said
+
+
+def test_the_doctor_names_the_cure_of_a_broken_torchvision(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")\n')
+    done = python("from experiments.cli import main; raise SystemExit(main(['doctor']))", tmp_path)
+    assert done.returncode == 1
+    assert not done.stderr
+    line, cure = next(
+        (line, after) for line, after in zip(done.stdout.splitlines(), done.stdout.splitlines()[1:], strict=False) if "FAIL" in line
+    )
+    assert "operator torchvision::nms does not exist" in line
+    assert "pip install --force-reinstall torch torchvision" in cure

@@ -1,0 +1,42 @@
+"""The client: its noise is its own, and what its defense remembers lasts from round to round."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from worlds import FEDSGD, TOPK_EF, config, federate
+
+# So small a rate that no weight moves: each round's true updates are those of a run without defense.
+STILL = FEDSGD | {"clients": 2, "per_round": 2, "lr": 1e-30}
+LOUD = {"_target_": "defenses.GaussianNoise", "std": 1000.0}
+
+
+def test_every_client_draws_its_own_noise_every_round():
+    seen = federate(config(federation=STILL, defense=LOUD)).seen
+    noises = [one.update["head.bias"] for one in seen]
+    # Gradients are below 1, so whoever shared a stream would have sent the same to 0.1 %.
+    assert len(noises) == 4
+    for i, one in enumerate(noises):
+        assert all((one - other).abs().max() > 10 for other in noises[:i])
+
+
+def test_noise_is_the_same_when_the_run_is():
+    first, again = (federate(config(federation=STILL, defense=LOUD)).seen for _ in range(2))
+    assert all(torch.equal(one.update["head.bias"], other.update["head.bias"]) for one, other in zip(first, again, strict=True))
+
+
+def test_a_client_sends_later_what_its_defense_held_back(tmp_path):
+    true = federate(config(federation=STILL), rounds=3).seen
+    sent = federate(config(federation=STILL, defense=TOPK_EF), rounds=3, memory=tmp_path).seen
+    for client in (0, 1):
+        files = sorted((tmp_path / f"client_{client:05d}").iterdir())
+        assert [file.name for file in files] == ["round_000002.safetensors", "round_000003.safetensors"]  # two are kept
+        held = load_file(files[-1])
+        for name in true[0].update:
+            arrived = sum(one.update[name] for one in sent if one.client == client) + held[f"residual/{name}"]
+            wanted = sum(one.update[name] for one in true if one.client == client)
+            assert torch.allclose(arrived, wanted, rtol=0, atol=1e-5), name
+
+
+def test_a_defense_with_a_memory_needs_a_place_to_keep_it():
+    with pytest.raises(RuntimeError, match=r"ErrorFeedback\(.*has a memory, but the client was given no folder"):
+        federate(config(defense=TOPK_EF))
