@@ -131,7 +131,7 @@ def _check_kind(key: str, known: Any, composed: Any) -> None:
 def build_checked(group: str, node: Config, **more: Any) -> Any:
     """What `fedsim.setup.build` makes of a node and `more`, with errors told as a user of the command line would want them."""
     from hydra.errors import HydraException
-    from hydra.utils import get_class, get_method
+    from hydra.utils import get_object
 
     from fedsim.setup import build
 
