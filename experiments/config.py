@@ -143,10 +143,7 @@ def build_checked(group: str, node: Config, **more: Any) -> Any:
     except (ValueError, TypeError) as error:
         message = str(error)
     if "unexpected keyword argument" in message:
-        try:
-            target: Any = get_class(node["_target_"])
-        except Exception:
-            target = get_method(node["_target_"])
+        target = get_object(node["_target_"])  # a class or a function
         names = [name for name in inspect.signature(target).parameters if name != "self"]
         wrong = message.rsplit("'", 2)[1]
         message = f"unknown setting {wrong!r}: {nearest(wrong, names)}{node['_target_']} has {', '.join(names)}"
