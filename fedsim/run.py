@@ -181,7 +181,9 @@ class RunFolder:
         return Checkpoint(int(about["round"]), _group(tensors, "model"), arrays, json.loads(about["numbers"]))
 
     def rewind(self, round: int) -> None:
-        """Drops what was written after `round` was finished."""
+        """Drops what was written after `round` was finished, and temporary files that a killed process left."""
+        for path in self.path.rglob(".*.*"):
+            path.unlink()
         for name in ("rounds", "leaks"):
             table = self._table(name)
             if len(table) and (table["round"] > round).any():

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -64,41 +65,66 @@ class UpdateStrategy(Forwarding):
     Clients send packets, because weights would not survive the wire: `w - (w - u)` in float32 turns 16 levels into 158. The server
     knows `w`, so it gives `inner` what it expects, `w - scale * update`. Replies are put in the order of their clients first, since
     a sum of floats depends on its order.
+
+    BatchNorm statistics (`buffers`) are no weights: Adam on the server could make a variance negative. They bypass `inner` and are
+    averaged by the clients' numbers of examples.
     """
 
     def __init__(self, inner: Strategy, buffers: Sequence[str] = (), scale: float = 1.0) -> None:
         super().__init__(inner)
         self.buffers = frozenset(buffers)
         self.scale = scale
-        self._sent: dict[str, Tensor] = {}
+        self._params: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        self._sent = tensors_of(arrays)
-        return super().configure_train(server_round, arrays_of(self._sent), config, grid)
+        tensors = tensors_of(arrays)
+        self._params = {name: t for name, t in tensors.items() if name not in self.buffers}
+        self._buffers = {name: t for name, t in tensors.items() if name in self.buffers}
+        messages = list(super().configure_train(server_round, arrays_of(self._params), config, grid))
+        everything = arrays_of(tensors)
+        for message in messages:
+            message.content = RecordDict({**message.content, ARRAYS: everything})
+        return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        replies = list(replies)
-        weights = [self._weights(reply, server_round) if reply.has_content() else reply for reply in sorted(replies, key=_sender)]
+        replies = sorted(replies, key=_sender)
+        seen = {
+            i: observation_of(reply.content, self._params, self._buffers, server_round)
+            for i, reply in enumerate(replies)
+            if reply.has_content()
+        }
+        weights = [self._weights(reply, seen[i]) if i in seen else reply for i, reply in enumerate(replies)]
         arrays, metrics = super().aggregate_train(server_round, weights)
-        return (arrays if arrays is None else self._like_sent(arrays)), metrics
+        if arrays is None:
+            return None, metrics
+        after = {name: numpy_of(array).astype(np.float32) for name, array in arrays.items()}  # Adam's are float64
+        return _record_of({**after, **self._mean_buffers(list(seen.values()))}), metrics
 
-    def _weights(self, reply: Message, server_round: int) -> Message:
-        params = {name: t for name, t in self._sent.items() if name not in self.buffers}
-        seen = observation_of(reply.content, params, {}, server_round)
+    def _weights(self, reply: Message, seen: Observation) -> Message:
+        for name, before in self._params.items():
+            if name not in seen.packets or seen.packets[name].shape != tuple(before.shape):
+                sent = seen.packets[name].shape if name in seen.packets else "nothing"
+                raise ValueError(f"client {seen.client} sent {sent} for {name}, which is {tuple(before.shape)}")
         update = seen.update
-        after = {name: _step(t.numpy(), update[name].numpy(), self.scale) for name, t in params.items()}
-        after |= {name: t.numpy() for name, t in seen.sent_buffers.items()}
+        after = {name: _step(t.numpy(), update[name].numpy(), self.scale) for name, t in self._params.items()}
         content = RecordDict({ARRAYS: held_arrays_of(after), METRICS: reply.content.metric_records[METRICS]})
         return _with_content(reply, content)
 
-    def _like_sent(self, arrays: ArrayRecord) -> ArrayRecord:
-        # BatchNorm counts its batches in int64, and a strategy averages everything into floats.
-        return ArrayRecord(
-            {
-                name: array_of(numpy_of(array).astype(self._sent[name].numpy().dtype).reshape(tuple(self._sent[name].shape)))
-                for name, array in arrays.items()
-            }
-        )
+    def _mean_buffers(self, seen: list[Observation]) -> dict[str, np.ndarray]:
+        total = sum(one.num_examples for one in seen)
+        means = {
+            name: sum((one.num_examples / total * one.sent_buffers[name].double() for one in seen), torch.zeros(()).double())
+            for name in self._buffers
+        }
+        integers = {name for name, t in self._buffers.items() if not t.is_floating_point()}  # the number of batches seen
+        return {
+            name: (mean.round() if name in integers else mean).to(self._buffers[name].dtype).numpy() for name, mean in means.items()
+        }
+
+
+def _record_of(arrays: dict[str, np.ndarray]) -> ArrayRecord:
+    return ArrayRecord({name: array_of(array) for name, array in arrays.items()})
 
 
 def _step(before: np.ndarray, update: np.ndarray, scale: float) -> np.ndarray:

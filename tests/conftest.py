@@ -22,16 +22,6 @@ import torch  # noqa: E402
 torch.set_num_threads(1)  # numbers must not depend on the number of cores
 
 
-WARNINGS = (
-    "ignore:'click[.].*' is deprecated:DeprecationWarning",  # typer, which Flower imports
-)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for line in WARNINGS:
-        config.addinivalue_line("filterwarnings", line)
-
-
 def pytest_unconfigure() -> None:
     _home.cleanup()
 
