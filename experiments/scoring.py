@@ -1,14 +1,18 @@
 """How much of the truth an attack found. Here, and only here, what was stolen meets what was stolen from."""
 
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from attacks import metrics
+from fedsim.client import dropout_seeded
 from fedsim.observation import Knowledge, Observation, Reconstruction
-from fedsim.protocols import FedSGD
+from fedsim.protocols import FedAvg
 from fedsim.run import on_device
+from fedsim.seeding import seed_of
 from fedsim.setup import Setup, model_of
 from fedsim.updates import relative_error
 
@@ -17,15 +21,17 @@ STOLEN_MSE = (
 )
 
 
-def knowledge(setup: Setup) -> Knowledge:
-    """What an honest but curious server is told: the shapes, and the learning rate and number of steps that it ordered itself."""
+def knowledge(setup: Setup, num_examples: int) -> Knowledge:
+    """What an honest but curious server is told: the shapes, the learning rate and the steps that it ordered itself.
+
+    num_examples  what the client reports, from which the number of its local steps follows
+    """
     protocol = setup.protocol
-    if isinstance(protocol, FedSGD):
-        steps, lr, batch = 1, 1.0, None
-    else:
-        shard = setup.shards[0]
-        steps = len(protocol.batches(shard, setup.seed, 1, 0))
-        lr, batch = protocol.lr, min(protocol.batch_size, len(shard))
+    steps, lr, batch = 1, 1.0, num_examples
+    if isinstance(protocol, FedAvg):
+        batch = min(protocol.batch_size, num_examples)
+        steps = protocol.steps or protocol.epochs * math.ceil(num_examples / batch)
+        lr = protocol.lr
     return Knowledge(
         image_shape=setup.dataset.image_shape,
         num_classes=setup.dataset.num_classes,
@@ -52,7 +58,9 @@ def true_update_error(setup: Setup, seen: Observation) -> tuple[float, float]:
     index = setup.protocol.batches(setup.shards[seen.client], setup.seed, seen.round, seen.client)
     params = {name: t.to(setup.device) for name, t in seen.params.items()}
     buffers = {name: t.to(setup.device) for name, t in seen.buffers.items()}
-    true = setup.protocol.train(model_of(setup), params, buffers, (setup.batch(i) for i in index)).update
+    model, proximal = model_of(setup), setup.config["strategy"].get("proximal_mu", 0.0)
+    with dropout_seeded(model, seed_of(setup.seed, "dropout", seen.round, seen.client)):
+        true = setup.protocol.train(model, params, buffers, (setup.batch(i) for i in index), proximal).update
     sent = {name: t.to(setup.device) for name, t in seen.update.items()}
     first = next(iter(true))
     return relative_error(sent, true), relative_error({first: sent[first]}, {first: true[first]})
@@ -97,7 +105,23 @@ def _rows(setup: Setup, attack: str, seen: Observation, made: Reconstruction) ->
 
 
 def attacked(
-    setup: Setup, attack: Any, seen: Sequence[Observation], rng: torch.Generator, report: Any = None
+    setup: Setup, attack: Any, seen: Sequence[Observation], rng: torch.Generator, report: Callable[[int, int], None]
 ) -> list[Reconstruction]:
-    """What `attack` makes of what was seen, on the run's device."""
-    return attack([on_device(one, setup.device) for one in seen], knowledge(setup), setup.model(), rng, report=report)
+    """What `attack` makes of what was seen, on the run's device; `report(finished, total)` is called as victims finish."""
+    model, state = setup.model(), rng.get_state()
+    told: dict[Knowledge, list[int]] = defaultdict(list)
+    for i, one in enumerate(seen):
+        told[knowledge(setup, one.num_examples)].append(i)
+    found: dict[int, Reconstruction] = {}
+    for known, members in told.items():
+        before = len(found)
+        victims = [on_device(seen[i], setup.device) for i in members]
+        made = attack(
+            victims,
+            known,
+            model,
+            rng.set_state(state),  # a victim's chance does not depend on who else is attacked
+            report=lambda done, _, before=before: report(before + done, len(seen)),
+        )
+        found |= zip(members, made, strict=True)
+    return [found[i] for i in range(len(seen))]

@@ -40,7 +40,7 @@ def client_app(config: Config, memory: str | None = None) -> ClientApp:
         params = {name: tensors[name] for name, _ in model.named_parameters()}
         buffers = {name: tensors[name] for name, _ in model.named_buffers()}
         index = setup.protocol.batches(setup.shards[client], setup.seed, round, client)
-        with _dropout_seeded(model, seed_of(setup.seed, "dropout", round, client)):
+        with dropout_seeded(model, seed_of(setup.seed, "dropout", round, client)):
             trained = setup.protocol.train(
                 model,
                 params,
@@ -110,7 +110,7 @@ _global_rng = threading.Lock()
 
 
 @contextlib.contextmanager
-def _dropout_seeded(model: nn.Module, seed: int) -> Iterator[None]:
+def dropout_seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """Dropout draws from torch's global stream, which threads share: clients of such a model train one at a time, seeded."""
     if not model.training or not any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
         yield

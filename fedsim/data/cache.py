@@ -4,9 +4,9 @@ One safetensors file for each source: never a pickle, so a cache cannot run code
 derives from what it was made of; it carries a checksum, and one that does not read back whole is treated as absent.
 """
 
+import contextlib
 import json
 import os
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.data.images import Dataset, Images
+from fedsim.files import write_with
 
 
 def folder() -> Path:
@@ -53,17 +54,8 @@ def write(path: Path, dataset: Dataset) -> None:
         for field in ("pixels", "labels")
     }
     about = {"name": dataset.name, "classes": dataset.classes, "checksum": _checksum(tensors)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata={"fedsim": json.dumps(about)})
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)  # gone already if all went well
-    except (OSError, SafetensorError):
-        pass
+    with contextlib.suppress(OSError, SafetensorError):
+        write_with(path, lambda name: save_file(tensors, name, metadata={"fedsim": json.dumps(about)}))
 
 
 def _checksum(tensors: dict[str, Tensor]) -> int:
