@@ -244,7 +244,8 @@ def _pareto(rounds: pd.DataFrame, leaks: pd.DataFrame, attack: str) -> Figure:
             linestyle="none",
             **_look(i),
         )
-    axes.set(xlim=(-0.02, 1.02), ylim=(0, None), xlabel=f"images stolen by {attack} (95 % interval)", ylabel="accuracy at the end")
+    top = 1.1 * max(0.1, rounds["accuracy"].max())
+    axes.set(xlim=(-0.02, 1.02), ylim=(0, top), xlabel=f"images stolen by {attack} (95 % interval)", ylabel="accuracy at the end")
     axes.set_title("Better is up and to the left")
     _percent(axes.xaxis)
     _percent(axes.yaxis)
