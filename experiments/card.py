@@ -74,5 +74,8 @@ def _taps(tap: Tap) -> str:
     every = [f"every {tap.every} rounds"] if tap.every else []
     named = ["all rounds"] if tap.rounds == "all" else [f"rounds {', '.join(map(str, tap.rounds))}"] if tap.rounds else []
     whom: Any = tap.clients
-    who = "all clients" if whom == "all" else f"{whom} clients at random" if isinstance(whom, int) else f"clients {list(whom)}"
+    if isinstance(whom, int):
+        who = f"{whom} client{'s' * (whom > 1)} at random"
+    else:
+        who = "all clients" if whom == "all" else f"clients {list(whom)}"
     return f"{' and '.join(named + every) or 'none'}, {who}"
