@@ -13,12 +13,12 @@ def dlg(restarts: int = 1, evaluations: int = 4000, in_range: float = 0.01) -> G
     Threat model: sees one client's gradient and the parameters it was computed at; is told no label, and knows that pixels lie
     in [0, 1].
 
-    Departures: a line search for each problem, where the published script has none and diverges on 20-45 % of starts; a penalty
-    for pixels outside [0, 1], which moves no solution and halves the evaluations needed (`in_range=0` takes it away); restarts
-    chosen by matching loss; a budget counted in gradient evaluations (the paper's 300 outer steps are up to 6,000 of them).
+    Departures: a line search for each problem, where the published script has none and may diverge; a penalty for pixels outside
+    [0, 1], which moves no solution and saves evaluations (`in_range=0` takes it away); restarts chosen by matching loss; a budget
+    counted in gradient evaluations (the paper's 300 outer steps are up to 6,000 of them).
 
-    Expect, on CIFAR-10 with a random LeNet (weights and biases U(-0.5, 0.5)): MSE < 0.03 from the first start in 207 of 208 runs, a
-    median MSE of 0.0005 (33 dB), 1,250 evaluations.
+    Expect, on CIFAR-10 with a random LeNet (weights and biases U(-0.5, 0.5)), what `benchmarks/dlg.py` prints: see
+    `benchmarks/RESULTS.md`.
     """
     return _dlg("joint", restarts, evaluations, in_range)
 
@@ -51,8 +51,7 @@ def inverting_gradients(
 
     Threat model: as `dlg`; with `told`, knows the labels as in the paper's image experiments, else reads them off the gradient.
     Departures: images and box are [0, 1] rather than normalised, so `rate` counts in pixels. `tv` weighs mean absolute
-    differences; on a ReLU CNN and CIFAR-10, 500 iterations gave 27, 31 and 24 dB for 1e-4, 1e-2 and 1e-1. It keeps the gap from
-    vanishing, hence the larger tolerance.
+    differences; it keeps the gap from vanishing, hence the larger tolerance.
     """
     return GradientMatching(
         gap=CosineGap(),
