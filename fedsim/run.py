@@ -183,7 +183,8 @@ class RunFolder:
     def rewind(self, round: int) -> None:
         """Drops what was written after `round` was finished, and temporary files that a killed process left."""
         for path in self.path.rglob(".*.*"):
-            path.unlink()
+            if path.is_file():
+                path.unlink()
         for name in ("rounds", "leaks"):
             table = self._table(name)
             if len(table) and (table["round"] > round).any():
