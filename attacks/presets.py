@@ -67,8 +67,8 @@ def inverting_gradients(
 def cosine_lbfgs(restarts: int = 1, evaluations: int = 2000, tv: float = 1e-3) -> GradientMatching:
     """Cosine gap and total variation by L-BFGS from a grey image: no paper's attack, made for smooth networks that learn.
 
-    Threat model: as `dlg`; the label is read off the gradient. A grey start lies nearer to photographs than N(0, 1); the cosine does
-    not mind how small a trained network's gradient is.
+    Threat model: as `dlg`; the label is read off the gradient. A grey start lies nearer to photographs than N(0, 1); the cosine
+    does not mind how small a trained network's gradient is.
 
     A search that found the image ends with a gap near 1e-5, one that was caught elsewhere at 1e-3 and above, hence the tolerance.
     """
