@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from attacks import LBFGS
 from fedsim.protocols import FedAvg, FedSGD
 from fedsim.setup import Setup
 from fedsim.tap import Tap
@@ -25,7 +26,7 @@ def card(setup: Setup, tap: Tap, attack: str, defense: str) -> list[tuple[str, s
             f"seen, as the defense ({defense}) left it: " + ("the gradient of one batch" if one_gradient else "weights moved"),
         ),
         ("labels", "not told"),
-        ("batch size", f"told: {protocol.batch_size}" + ("" if one_gradient else f" a step, out of {len(setup.shards[0])} images")),
+        ("batch size", f"told: {protocol.batch_size}" + ("" if one_gradient else f" a step, out of {_images(setup)} images")),
         ("local steps", f"told: {steps}"),
         ("learning rate", "not needed: the gradient itself is sent" if one_gradient else f"told: {protocol.lr:g}"),
         ("BatchNorm", "running statistics seen, those of the batch not" if batch_norm else "none in this model"),
@@ -34,7 +35,7 @@ def card(setup: Setup, tap: Tap, attack: str, defense: str) -> list[tuple[str, s
     ]
 
 
-def obstacles(setup: Setup, attack: str) -> list[tuple[str, str]]:
+def obstacles(setup: Setup, attack: Any) -> list[tuple[str, str]]:
     """Conditions (`weak` or `hopeless`, why) under which gradient matching fails with no defense at all."""
     protocol = setup.protocol
     found = []
@@ -42,7 +43,7 @@ def obstacles(setup: Setup, attack: str) -> list[tuple[str, str]]:
     if steps > 1:
         grade = "hopeless" if steps > 5 else "weak"
         found.append(
-            (grade, f"{steps} local steps: {attack} explains one gradient; federation=fedsgd, or federation.steps=1, shows it")
+            (grade, f"{steps} local steps: the attack explains one gradient; federation=fedsgd, or federation.steps=1, shows it")
         )
     if isinstance(protocol, FedAvg) and protocol.momentum and steps > 1:
         found.append(("weak", f"local momentum {protocol.momentum:g}: later steps repeat earlier gradients; federation.momentum=0"))
@@ -59,7 +60,7 @@ def obstacles(setup: Setup, attack: str) -> list[tuple[str, str]]:
             found.append(("hopeless", "dropout: the attacker does not know which units were dropped; model.dropout=0"))
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
             found.append(("weak", "BatchNorm in training mode normalises by the unseen batch; federation.train_mode=false"))
-    if attack in ("dlg", "idlg") and any(isinstance(m, nn.ReLU) for m in modules):
+    if isinstance(getattr(attack, "optimizer", None), LBFGS) and any(isinstance(m, nn.ReLU) for m in modules):
         found.append(
             ("weak", "ReLU's second derivative is zero, so L-BFGS sees little; model.activation=sigmoid, or inverting_gradients")
         )
@@ -67,7 +68,13 @@ def obstacles(setup: Setup, attack: str) -> list[tuple[str, str]]:
 
 
 def _steps(setup: Setup) -> int:
-    return max(len(setup.protocol.batches(shard, setup.seed, 1, i)) for i, shard in enumerate(setup.shards[:10]))
+    """Local steps of the client with the most images."""
+    return len(setup.protocol.batches(max(setup.shards, key=len), setup.seed, 1, 0))
+
+
+def _images(setup: Setup) -> str:
+    sizes = sorted(map(len, setup.shards))
+    return str(sizes[0]) if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
 
 
 def _taps(tap: Tap) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsim.errors import FederationError
+
 if TYPE_CHECKING:
     from experiments.config import Config
     from fedsim.run import RunFolder
@@ -44,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of `fedsim list | head` has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (FederationError, OSError) as error:
+        hint = "; what was finished is kept, and `fedsim run --resume FOLDER` goes on from there" if arguments.do is _run else ""
+        print(f"stopped: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -157,12 +157,11 @@ def _attack(setup: Setup, folder: RunFolder, attack: Any, name: str, seen: Seque
 
 def show_card(setup: Setup, config: Config) -> None:
     """Prints the threat-model card."""
-    tap = build_checked("tap", config["tap"])
-    attack = config["choices"]["attack"]
+    tap, attack = build_checked("tap", config["tap"]), attack_of(config)
     console.print(f"[bold]{label(config)}[/] on {setup.dataset.name}, {config['choices']['model']}, seed {setup.seed}")
-    for what, known in card(setup, tap, attack, label(config)):
+    for what, known in card(setup, tap, config["choices"]["attack"], label(config)):
         console.print(f"  {what:14s} {known}", style="dim")
-    if attack != "none":
+    if attack is not None:
         for grade, why in obstacles(setup, attack):
             console.print(f"  {grade + ' attack':16s} {why}", style="yellow")
 
@@ -203,6 +202,9 @@ def _logged(path: Path) -> Iterator[None]:
         logger.propagate = False
     try:
         yield
+    except Exception:
+        loggers[-1].exception("the run stopped")
+        raise
     finally:
         for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
             logger.handlers, logger.level, logger.propagate = handlers, level, propagate

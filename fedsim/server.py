@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from fedsim.errors import FederationError
 from fedsim.observation import Observation
 from fedsim.records import (
     ARRAYS,
@@ -105,7 +106,7 @@ class UpdateStrategy(Forwarding):
         for name, before in self._params.items():
             if name not in seen.packets or seen.packets[name].shape != tuple(before.shape):
                 sent = seen.packets[name].shape if name in seen.packets else "nothing"
-                raise ValueError(f"client {seen.client} sent {sent} for {name}, which is {tuple(before.shape)}")
+                raise FederationError(f"client {seen.client} sent {sent} for {name}, which is {tuple(before.shape)}")
         update = seen.update
         after = {name: _step(t.numpy(), update[name].numpy(), self.scale) for name, t in self._params.items()}
         content = RecordDict({ARRAYS: held_arrays_of(after), METRICS: reply.content.metric_records[METRICS]})
@@ -208,7 +209,7 @@ class MeteredStrategy(Forwarding):
         self.bytes_up = sum(wire_bytes(reply.content) for reply in answers)
         if not answers:
             why = next((reply.error.reason for reply in replies if reply.has_error()), "no reply came in time")
-            raise RuntimeError(f"round {server_round}: none of the {self.failures} chosen clients sent an update: {why}")
+            raise FederationError(f"round {server_round}: none of the {self.failures} chosen clients sent an update: {why}")
         arrays, self.train_metrics = super().aggregate_train(server_round, replies)
         return arrays, self.train_metrics
 
@@ -271,17 +272,17 @@ def _random_seeded(seed: int) -> Iterator[None]:
 
 
 def nodes_by_client(grid: Grid, clients: int, timeout: float = 600.0) -> list[int]:
-    """Node ids in the order of their clients 0, 1, …, asked of the nodes themselves. Raises RuntimeError when one is missing."""
+    """Node ids in the order of their clients 0, 1, …, asked of the nodes themselves. Raises FederationError when one is missing."""
     until = time.monotonic() + timeout
     while len(nodes := list(grid.get_node_ids())) < clients:
         if time.monotonic() > until:
-            raise RuntimeError(f"{len(nodes)} of {clients} clients connected within {timeout:.0f} s")
+            raise FederationError(f"{len(nodes)} of {clients} clients connected within {timeout:.0f} s")
         time.sleep(0.05)
     asked = [Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes]
     replies = [reply for reply in grid.send_and_receive(asked, timeout=max(1.0, until - time.monotonic())) if reply.has_content()]
     found = {_sender(reply): reply.metadata.src_node_id for reply in replies}
     if missing := [client for client in range(clients) if client not in found]:
-        raise RuntimeError(f"no answer from client {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}")
+        raise FederationError(f"no answer from client {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}")
     return [found[client] for client in range(clients)]
 
 

@@ -1,0 +1,66 @@
+"""The threat-model card names every condition that defeats the attack, and what would lift it."""
+
+import pytest
+
+from experiments.card import card, obstacles
+from experiments.config import compose
+from experiments.runner import attack_of
+from fedsim.setup import setup_of
+from fedsim.tap import Tap
+
+SMALL = ["data.train_size=60", "data.test_size=10", "federation.clients=3", "federation.per_round=3"]
+LOCAL = ["federation=fedavg", "federation.batch_size=4"]  # 20 images a client: 5 steps an epoch
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], []),
+        (["federation.batch_size=2"], ["weak federation.batch_size=1"]),
+        (["federation.batch_size=9"], ["hopeless federation.batch_size=1"]),
+        ([*LOCAL, "federation.steps=1"], ["weak federation.batch_size=1"]),
+        (LOCAL, ["weak federation.steps=1", "weak federation.batch_size=1"]),
+        ([*LOCAL, "federation.epochs=2"], ["hopeless federation.steps=1", "weak federation.batch_size=1"]),
+        (
+            [*LOCAL, "federation.momentum=0.9", "federation.weight_decay=0.1"],
+            [
+                "weak federation.steps=1",
+                "weak federation.momentum=0",
+                "weak federation.weight_decay=0",
+                "weak federation.batch_size=1",
+            ],
+        ),
+        (["model=mlp_2nn", "model.activation=tanh", "model.dropout=0.5"], ["hopeless model.dropout=0"]),
+        (["model=mlp_2nn", "model.activation=tanh", "model.dropout=0.5", "federation.train_mode=false"], []),
+        (["model=mcmahan_cnn", "model.activation=tanh", "model.norm=batch"], ["weak federation.train_mode=false"]),
+        (["model=lenet", "model.activation=relu"], ["weak model.activation=sigmoid"]),
+        (["model=lenet", "model.activation=relu", "attack=cosine_lbfgs"], ["weak model.activation=sigmoid"]),
+        (["model=lenet", "model.activation=relu", "attack=inverting_gradients"], []),
+    ],
+    ids=lambda value: " ".join(value) or "nothing",
+)
+def test_each_obstacle_is_graded_and_comes_with_its_cure(overrides, expected):
+    config = compose([*SMALL, *overrides])
+    found = obstacles(setup_of(config), attack_of(config))
+    assert [grade for grade, _ in found] == [line.split()[0] for line in expected]
+    for (_, why), line in zip(found, expected, strict=True):
+        assert line.split()[1] in why
+
+
+def test_the_card_tells_one_gradient_from_local_training():
+    gradient = dict(card(setup_of(compose(SMALL)), Tap(), "dlg", "none"))
+    local = dict(card(setup_of(compose([*SMALL, *LOCAL])), Tap(clients=[0, 2]), "dlg", "none"))
+    assert gradient["local steps"] == "told: 1"
+    assert gradient["learning rate"].startswith("not needed")
+    assert gradient["labels"] == local["labels"] == "not told"
+    assert local["local steps"] == "told: 5"
+    assert local["batch size"] == "told: 4 a step, out of 20 images"
+    assert local["taps"] == "every 5 rounds, clients [0, 2]"
+
+
+def test_shards_of_different_size_are_told_as_a_range():
+    config = compose([*SMALL, *LOCAL, "partition=size_skewed"])
+    # 60 images in proportion 1 : 2 : 3, the last client taking what rounding leaves: 10, 20, 30, and 8 steps of 4.
+    lines = dict(card(setup_of(config), Tap(), "dlg", "none"))
+    assert lines["batch size"] == "told: 4 a step, out of 10 to 30 images"
+    assert lines["local steps"] == "told: 8"
