@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from attacks.batching import one_by_one, streams
 from attacks.evidence import gradient_of
 from attacks.labels import analytic_labels
 from attacks.optimizers import Adam, Minima, Stop, minimise
@@ -25,7 +26,6 @@ from attacks.terms import CosineGap, Gap
 from fedsim.data.text import MASK, MASKED, PAD, Vocabulary, filled
 from fedsim.models.bert import Bert
 from fedsim.observation import Knowledge, Observation, Reconstruction, Trace
-from fedsim.seeding import generator
 from fedsim.training import IGNORED, batch_loss
 from fedsim.updates import Update
 
@@ -91,28 +91,23 @@ class BagOfTokens:
     ) -> list[Reconstruction]:
         """One reconstruction for each observation, in order; `report(finished, total)` is called as victims finish."""
         embedding = embedding_of(model, known.num_classes)
-        found = []
-        for one in seen:
-            began = time.perf_counter()
-            shape = (one.num_examples, *known.image_shape)
-            places = int(torch.Size(shape).numel())
-            gradient = gradient_of(one, known)
-            tokens = input_tokens(gradient, embedding)
-            plausible = 0 < len(tokens) <= places
-            if len(tokens) > places:
-                tokens = gradient[embedding].norm(dim=1).topk(places).indices.sort().values
-            words = hidden_words(gradient, known, embedding, one.num_examples)
-            named = torch.cat([tokens[tokens != MASK], words]).unique()[:places]
-            ids = torch.full((places,), PAD, device=named.device)
-            ids[: len(named)] = named
-            found.append(
-                _reconstruction(
-                    ids.reshape(shape), torch.full(shape, IGNORED, device=ids.device), 0.0, plausible, time.perf_counter() - began
-                )
-            )
-            if report:
-                report(len(found), len(seen))
-        return found
+        return one_by_one(seen, lambda one: self._read(one, known, embedding), report)
+
+    def _read(self, one: Observation, known: Knowledge, embedding: str) -> Reconstruction:
+        began = time.perf_counter()
+        shape = (one.num_examples, *known.image_shape)
+        places = int(torch.Size(shape).numel())
+        gradient = gradient_of(one, known)
+        tokens = input_tokens(gradient, embedding)
+        plausible = 0 < len(tokens) <= places
+        if len(tokens) > places:
+            tokens = gradient[embedding].norm(dim=1).topk(places).indices.sort().values
+        words = hidden_words(gradient, known, embedding, one.num_examples)
+        named = torch.cat([tokens[tokens != MASK], words]).unique()[:places]
+        ids = torch.full((places,), PAD, device=named.device)
+        ids[: len(named)] = named
+        unmasked = torch.full(shape, IGNORED, device=ids.device)
+        return _reconstruction(ids.reshape(shape), unmasked, 0.0, plausible, time.perf_counter() - began)
 
 
 def _reconstruction(inputs: Tensor, labels: Tensor, loss: float, converged: bool, seconds: float) -> Reconstruction:
@@ -183,13 +178,9 @@ class TextMatching:
             )
         embedding = embedding_of(model, known.num_classes)
         seed = int(torch.randint(2**62, (), generator=rng))
-        asked: Counter[tuple[int, int]] = Counter()
         groups: dict[tuple[int, int], list[_Victim]] = defaultdict(list)
-        for i, one in enumerate(seen):
-            size, gradient, who = known.batch_size or one.num_examples, gradient_of(one, known), (one.round, one.client)
-            # A victim's starts are its own: they do not depend on who else is attacked.
-            stream = generator(seed, "start", *who, asked[who])
-            asked[who] += 1
+        for i, (one, stream) in enumerate(zip(seen, streams(seen, seed, "start"), strict=True)):
+            size, gradient = known.batch_size or one.num_examples, gradient_of(one, known)
             words = known.labels[i] if known.labels and self.labels == "given" else hidden_words(gradient, known, embedding, size)
             groups[(size, words.numel())].append(_Victim(i, one, gradient, words.to(gradient[embedding].device), stream))
         found: dict[int, Reconstruction] = {}
@@ -478,14 +469,12 @@ class SpanCheck:
             raise ValueError(
                 f"the span check needs to know where attention begins: {type(model).__name__} is no Bert, take model=bert_tiny"
             )
-        seed, found = int(torch.randint(2**62, (), generator=rng)), []
-        for one in seen:
-            found.append(
-                self._one(_Layers(model, one, gradient_of(one, known)), one, known, generator(seed, one.round, one.client))
-            )
-            if report:
-                report(len(found), len(seen))
-        return found
+        chances = iter(streams(seen, int(torch.randint(2**62, (), generator=rng)), "sentences"))
+
+        def read(one: Observation) -> Reconstruction:
+            return self._one(_Layers(model, one, gradient_of(one, known)), one, known, next(chances))
+
+        return one_by_one(seen, read, report)
 
     @torch.no_grad()
     def _one(self, layers: "_Layers", one: Observation, known: Knowledge, rng: torch.Generator) -> Reconstruction:

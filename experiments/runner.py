@@ -38,10 +38,11 @@ def check_config(config: Config) -> None:
     for group in ("federation", "partition", "server", "defense", "inspect", "engine", "tap", "evaluate"):
         if group in config:  # folders of earlier versions have no server and no inspect
             build_checked(group, config[group])
-    check_reads(attack_of(config), config["choices"]["attack"], config)
-    if attack_of(config) is None and config["choices"]["attack"] != "none":
+    attack = attack_of(config)
+    check_reads(attack, config["choices"]["attack"], config)
+    if attack is None and config["choices"]["attack"] != "none":
         raise ValueError(f"attack {config['choices']['attack']!r} names no _target_")
-    needed, chosen = getattr(attack_of(config), "server", None), config["choices"].get("server", "honest")
+    needed, chosen = getattr(attack, "server", None), config["choices"].get("server", "honest")
     if needed not in (None, chosen):
         raise ConfigError(f"attack={config['choices']['attack']} reads what a malicious server plants: add server={needed}")
     build_checked("strategy", config["strategy"])
