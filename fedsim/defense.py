@@ -1,5 +1,7 @@
 """What the federation knows of a defense: its protocol. The defenses themselves are the package `defenses`."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -25,3 +27,47 @@ class Defense(Protocol):
     def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
         """What to send instead of `packets`, and the memory for the next round."""
         ...
+
+
+@dataclass(frozen=True)
+class Belief:
+    """What can be said of each entry of one tensor, in the tensor's shape.
+
+    value   the best guess of an entry
+    low     it is no smaller; -inf where nothing is known
+    high    it is no larger; inf where nothing is known
+    weight  1 where `value` is the entry itself, or the entry is its mean; 0 where `value` says no more than the bounds do
+    """
+
+    value: Tensor
+    low: Tensor
+    high: Tensor
+    weight: Tensor
+
+    @classmethod
+    def exact(cls, value: Tensor) -> "Belief":
+        """Of somebody who saw the tensor itself."""
+        return cls(value, value, value, torch.ones_like(value))
+
+
+Beliefs = dict[str, Belief]
+
+
+@runtime_checkable
+class Explained(Protocol):
+    """A defense that says what somebody who knows it can conclude. One that does not is taken for one that changes nothing."""
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        """Beliefs about what the defense was given, from those about what it handed on.
+
+        Sound: what it was given lies within the bounds. Of a chain the last defense is asked first.
+
+        packets  what arrived at the server, whose supports and grids tell what the defenses did
+        """
+        ...
+
+
+def beliefs_of(packets: Packets, defense: object | None = None) -> Beliefs:
+    """What an attacker who knows `defense` can say of the update behind `packets`; None knows of no defense."""
+    beliefs = {name: Belief.exact(packet.dense()) for name, packet in packets.items()}
+    return defense.explain(packets, beliefs) if isinstance(defense, Explained) else beliefs
