@@ -1,13 +1,35 @@
-"""Defenses that are made of other defenses, and the one that does nothing."""
+"""Defenses that are made of other defenses, the one that does nothing, and what those share that treat each tensor by itself."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from fedsim.defense import Defense, State
+from fedsim.defense import Belief, Beliefs, Defense, Explained, State
 from fedsim.updates import Update
-from fedsim.wire import Packets, pack, unpack
+from fedsim.wire import Packet, Packets, pack, unpack
+
+
+class TensorByTensor(ABC):
+    """A defense without a memory that treats each tensor that has entries by itself."""
+
+    def init(self, like: Update) -> State:
+        return {}
+
+    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
+        return {name: self.send(p, rng) if p.values.numel() else p for name, p in packets.items()}, state
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        return {name: self.tell(packets[name], belief) for name, belief in beliefs.items()}
+
+    @abstractmethod
+    def send(self, packet: Packet, rng: torch.Generator) -> Packet:
+        """What to send instead of `packet`, which has values."""
+
+    @abstractmethod
+    def tell(self, packet: Packet, belief: Belief) -> Belief:
+        """`explain` for one tensor."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +41,9 @@ class NoDefense:
 
     def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
         return packets, state
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        return dict(beliefs)
 
 
 @dataclass(frozen=True)
@@ -45,6 +70,12 @@ class Chain:
             after |= {f"{i}/{key}": t for key, t in new.items()}
         return packets, after
 
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        told = dict(beliefs)
+        for part in reversed(self.parts):
+            told = part.explain(packets, told) if isinstance(part, Explained) else told
+        return told
+
 
 @dataclass(frozen=True)
 class ErrorFeedback:
@@ -70,6 +101,14 @@ class ErrorFeedback:
         sent, inner = self.inner(pack(wanted), _within("inner/", state), rng)
         dropped = {f"residual/{name}": wanted[name] - t for name, t in unpack(sent).items()}
         return sent, dropped | {f"inner/{key}": t for key, t in inner.items()}
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        """What `inner` leaves possible is said of the update plus the residual, which a single message does not tell apart: no bounds.
+
+        In a client's first round the residual is zero, and `inner.explain` is sound of the update itself.
+        """
+        told = self.inner.explain(packets, beliefs) if isinstance(self.inner, Explained) else dict(beliefs)
+        return {name: belief.unbounded(packets[name].sent()) for name, belief in told.items()}
 
 
 def _is_defense(value: object) -> bool:
