@@ -103,7 +103,7 @@ class ErrorFeedback:
         return sent, dropped | {f"inner/{key}": t for key, t in inner.items()}
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
-        """What `inner` leaves possible is said of the update plus the residual, which a single message does not tell apart: no bounds.
+        """No bounds: what `inner` leaves possible is said of the update plus the residual, which a message does not tell apart.
 
         In a client's first round the residual is zero, and `inner.explain` is sound of the update itself.
         """

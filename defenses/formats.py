@@ -20,7 +20,7 @@ EXPONENTS = (-149, 127)  # of the smallest and the largest power of two in float
 
 @dataclass(frozen=True)
 class FloatFormat(TensorByTensor):
-    """Rounds each entry to a shorter float: `fp16`, `bf16`, 2 bytes an entry, `fp8_e4m3` or `fp8_e5m2`, 1 byte (Micikevicius et al. 2022).
+    """Rounds each entry to a shorter float: fp16 or bf16, 2 bytes, fp8_e4m3 or fp8_e5m2, 1 byte (Micikevicius et al. 2022).
 
     An entry beyond the largest number (65504, 3.39e38, 448, 57344) becomes that number, not infinity. The relative error is at
     most 2**-11, 2**-8, 2**-4 and 2**-3, unless the entry is below the smallest normal number (6.1e-5, 1.2e-38, 0.016, 6.1e-5).
@@ -33,7 +33,8 @@ class FloatFormat(TensorByTensor):
 
     def send(self, packet: Packet, rng: torch.Generator) -> Packet:
         floats = Floats(self.format)
-        return replace(packet, values=floats.decode(floats.encode(packet.values.clamp(-floats.largest, floats.largest))), grid=floats)
+        finite = packet.values.clamp(-floats.largest, floats.largest)
+        return replace(packet, values=floats.decode(floats.encode(finite)), grid=floats)
 
     def tell(self, packet: Packet, belief: Belief) -> Belief:
         return within_cells(belief, edges_of(Floats(self.format).levels().to(belief.value.device)))
@@ -74,7 +75,7 @@ class FixedPoint(TensorByTensor):
 
 @dataclass(frozen=True)
 class Int8(TensorByTensor):
-    """Whole numbers of 8 bits. With `scaled`, of a step that is the tensor's largest magnitude / 127: an error of half a step at most.
+    """Whole numbers of 8 bits; with `scaled`, times the tensor's largest magnitude / 127, for an error of half of that at most.
 
     Without it, what casting to an 8-bit integer does: an entry loses what stands behind its point, and stays within -128..127. Of
     gradients, whose entries are mostly below 1, hardly anything is left.

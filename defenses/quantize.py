@@ -49,7 +49,7 @@ def multiples(packet: Packet, lattice: Multiples, codes: Tensor, most: int) -> P
 
 
 def visible(packet: Packet, belief: Belief) -> bool:
-    """Whether the packet's grid is that of the defense being asked: a later one that replaced it moved the entries sent as well."""
+    """Whether the packet's grid is that of the defense being asked: a later one that replaced it moved the entries as well."""
     sent = packet.sent()
     return packet.rank is None and bool((belief.low == belief.high)[sent].all())
 
@@ -151,10 +151,11 @@ def _told(packet: Packet, belief: Belief, levels: int, steps: float, mean: bool)
 
 @dataclass(frozen=True)
 class QSGD(TensorByTensor):
-    """Rounds each entry's share of the tensor's norm up or down to a multiple of 1 / `levels` at random (Alistarh et al. 2017, eq. 3).
+    """Rounds each entry, as a share of the tensor's norm, up or down at random to a multiple of 1 / `levels`.
 
-    Unbiased. With `norm="l2"`, the paper's, most entries of a large tensor go to 0; with "linf", the largest magnitude, a step is
-    max / levels. An entry costs ceil(log2(2 levels + 1)) bits; the paper's Elias code would take fewer for many zeros.
+    Alistarh et al. 2017, section 3.1. Unbiased. With `norm="l2"`, the paper's, most entries of a large tensor go to 0; with "linf",
+    the largest magnitude, a step is max / levels. An entry costs ceil(log2(2 levels + 1)) bits; the paper's Elias code would take
+    fewer for many zeros.
     """
 
     levels: int
@@ -175,7 +176,7 @@ class QSGD(TensorByTensor):
 class Ternary(TensorByTensor):
     """Sends -m, 0 or m, where m is the tensor's largest magnitude and an entry x is kept with probability |x| / m.
 
-    TernGrad (Wen et al. 2017, equation 2), without its clipping, which is biased. Unbiased; 2 bits an entry.
+    TernGrad (Wen et al. 2017, section 3), without its clipping, which is biased. Unbiased; 2 bits an entry.
     """
 
     def send(self, packet: Packet, rng: torch.Generator) -> Packet:
@@ -206,8 +207,8 @@ def _told_of_multiples(packet: Packet, belief: Belief, levels: int) -> Belief:
 class SignSGD(TensorByTensor):
     """Sends the sign of each entry, 1 bit (Bernstein et al. 2018, algorithm 1); zero counts as positive.
 
-    Biased. `scaled` multiplies the signs by the tensor's mean magnitude; within ErrorFeedback that is EF-signSGD (Karimireddy et al.
-    2019, algorithm 1). Unscaled, every entry is -1 or 1, so the server's learning rate must be chosen for it.
+    Biased. `scaled` multiplies the signs by the tensor's mean magnitude; within ErrorFeedback that is EF-signSGD (Karimireddy et
+    al. 2019, algorithm 1). Unscaled, every entry is -1 or 1, so the server's learning rate must be chosen for it.
     """
 
     scaled: bool = True
@@ -232,7 +233,7 @@ class SignSGD(TensorByTensor):
 
 @dataclass(frozen=True)
 class KMeansQuantization(TensorByTensor):
-    """Rounds each entry to the nearest of `centroids` values fitted to the tensor by k-means (Lloyd 1982; Han et al. 2016, section 3).
+    """Rounds each entry to the nearest of `centroids` values that k-means fits to the tensor (Han et al. 2016, section 3).
 
     Biased. The centroids travel as a codebook, 4 bytes each, and an entry costs ceil(log2(centroids)) bits. They are the best of
     five starts drawn by k-means++, on a random 16,384 entries of a larger tensor; fewer where the tensor has fewer values.

@@ -42,7 +42,10 @@ def _bound(packets: list[Packet], beliefs: list[Belief]) -> float:
     """How large an entry may be that was dropped for being smaller than all that were kept.
 
     No larger than any that arrived. Where none did, a later defense dropped them all, and it is no larger than the largest may be.
+    Entries of factors are compared without saying anything of the tensor's.
     """
+    if any(p.rank is not None for p in packets):
+        return math.inf
     sent = torch.cat([_magnitude(b)[p.sent()] for p, b in zip(packets, beliefs, strict=True)])
     if len(sent):
         return float(sent.min())
@@ -103,7 +106,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class RandomK(TensorByTensor):
-    """Sends the `ratio` of each tensor's entries, at least one, at random places (Stich et al. 2018, definition 2.1).
+    """Sends the `ratio` of each tensor's entries, at least one, at random places (Stich et al. 2018, definition 2.2).
 
     With `scaled`, times n / k, so that what arrives has the update as its mean; an attacker divides by it. Without, biased, for use
     within ErrorFeedback. Nothing is known of an entry that is not sent.
@@ -184,10 +187,12 @@ class Pruning:
         missing = {name: ~packets[name].sent() for name in beliefs}
         if self.mode == "entries":
             return {name: _dropped(b, missing[name], _bound([packets[name]], [b])) for name, b in beliefs.items()}
-        norms = {name: float(_magnitude(b).double().norm()) for name, b in beliefs.items()}
-        # A dropped tensor's norm, and so each entry, is no larger than a kept tensor's.
-        arrived = [norms[name] for name in beliefs if len(packets[name].values)]
-        bound = math.inf if self.mode == "literal" else min(arrived) if arrived else max(norms.values(), default=0.0)
+        bound = math.inf
+        if self.mode == "tensors" and not any(p.rank is not None for p in packets.values()):
+            # A dropped tensor's norm, and so each entry, is no larger than a kept tensor's.
+            norms = {name: float(_magnitude(b).double().norm()) for name, b in beliefs.items()}
+            arrived = [norms[name] for name in beliefs if len(packets[name].values)]
+            bound = min(arrived) if arrived else max(norms.values(), default=0.0)
         return {name: _dropped(b, missing[name], bound) if missing[name].all() else b for name, b in beliefs.items()}
 
 
@@ -199,7 +204,7 @@ class DeepGradientCompression:
     accumulation, momentum factor masking). No momentum may be used on the server or in local steps besides. An attacker who sees a
     message sees several rounds' updates in it, so it has no bounds on one.
 
-    clip     l2 norm that an update is scaled down to before it is added, for N clients the paper's threshold / sqrt(N); None for none
+    clip     l2 norm that an update is scaled down to before it is added: of N clients, the paper's threshold / sqrt(N)
     warmup   rounds (those the client took part in) until `ratio` is reached, from 25 % down by an equal factor for 0.001 and 4
     """
 

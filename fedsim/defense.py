@@ -36,8 +36,8 @@ class Belief:
     value   the best guess of an entry
     low     it is no smaller; -inf where nothing is known
     high    it is no larger; inf where nothing is known
-    weight  1 where `value` is the entry itself, the entry is its mean, or it was sent and has no bounds, so that `value` is all there
-            is; 0 where `value` says no more than the bounds do
+    weight  1 where `value` is the entry itself, or has it as its mean, or is all there is of an entry that was sent;
+            0 where `value` says no more than the bounds do
     """
 
     value: Tensor

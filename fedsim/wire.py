@@ -1,12 +1,12 @@
 """Packets: the tensors of an update as they are sent, and their bytes.
 
-A sparsifier sets a packet's `support`, a quantizer its `grid`, a factorization its `rank`; noise clears the grid. How many bytes that
-takes is decided here, once, for every defense and every composition of them: `nbytes(packet) == len(to_bytes(packet))`.
+A sparsifier sets a packet's `support`, a quantizer its `grid`, a factorization its `rank`; noise clears the grid. How many bytes
+that takes is decided here, once, for every defense and every composition of them: `nbytes(packet) == len(to_bytes(packet))`.
 
 Layout, little-endian: flags (u8), number of dimensions (u8), dimensions (u32 each); with a rank: r (u32); with a support: k (u32),
 then a bitmap of n bits or k indices of ceil(log2 n) bits, whichever is shorter; with a grid: its header, then k codes of exactly
-`bits` bits; without: k values (f32). Headers: of a `Grid` low and step (f32 each) and bits (u8), of `Multiples` the step (f32) and bits
-(u8), of a `Codebook` its size less one (u16) and its values (f32 each), of `Floats` the number of the format (u8).
+`bits` bits; without: k values (f32). Headers: of a `Grid` low and step (f32 each) and bits (u8), of `Multiples` the step (f32) and
+bits (u8), of a `Codebook` its size less one (u16) and its values (f32 each), of `Floats` the number of the format (u8).
 """
 
 import math
@@ -91,7 +91,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Multiples:
-    """The lattice `step * i`, `-2**(bits - 1) <= i < 2**(bits - 1)`, in float32; 0 lies on it exactly. Codes are two's complement."""
+    """The lattice `step * i`, `-2**(bits - 1) <= i < 2**(bits - 1)`, in float32; i travels as two's complement.
+
+    Unlike on a `Grid`, 0 lies on it exactly.
+    """
 
     step: float
     bits: int
