@@ -1,12 +1,19 @@
-"""What clients do to their updates before they send them. Each is a frozen dataclass with the protocol `fedsim.defense.Defense`."""
+"""What clients do to their updates before they send them, or while they compute them.
+
+Each is a frozen dataclass with the protocol `fedsim.defense.Defense`.
+"""
 
 from defenses.base import Chain, ErrorFeedback, NoDefense
 from defenses.noise import GaussianNoise, LaplacianNoise
+from defenses.privacy import DPSGD, Clip, DPFedAvg
 from defenses.quantize import StochasticQuantization, UniformQuantization
 from defenses.sparsify import TopK
 
 __all__ = [
+    "DPSGD",
     "Chain",
+    "Clip",
+    "DPFedAvg",
     "ErrorFeedback",
     "GaussianNoise",
     "LaplacianNoise",
