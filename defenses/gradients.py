@@ -21,9 +21,9 @@ AT_ONCE = 2**24  # entries of derivatives that are held at a time
 class Soteria:
     """Zeroes those columns of the last linear layer's gradient whose features tell most about the images (Sun et al. 2021).
 
-    A feature r of the layer's input is pruned when |r| / ||dr/dX|| is among the `share` largest, the paper's choice for the l0 norm
-    (section 4.2); over a batch, as in the authors' code, by the sum of the inverse. All other entries are those of the true
-    gradient, so an attacker who leaves that layer out of his gap loses little. One backward pass for each feature and step.
+    A feature r of the layer's input is pruned when |r| / ||dr/dX|| is among the `share` largest, the paper's choice for the l0
+    norm; over a batch, as in the authors' code, when the sum of the inverse is among the smallest. All other entries are those of
+    the true gradient: an attacker who leaves that layer out of his gap loses little. One backward pass for each feature and step.
     """
 
     share: float

@@ -24,12 +24,6 @@ from fedsim.wire import Packets, pack, unpack
 AT_ONCE = 2**26  # gradient entries of examples that are held at a time: 256 MB
 
 
-def _clipped(update: Mapping[str, Tensor], clip: float) -> Update:
-    """The update, scaled down to a length of `clip` if it is longer. Lengths are taken in float64: 1e30 squared is no float32."""
-    length = float(norm(update))
-    return {name: t * min(1.0, clip / length) for name, t in update.items()} if length > clip else dict(update)
-
-
 @dataclass(frozen=True)
 class Clip:
     """Scales the whole update down to a length of at most `clip` (McMahan et al. 2018, flat clipping).
@@ -46,10 +40,10 @@ class Clip:
         return {}
 
     def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
-        values = {name: p.values for name, p in packets.items()}
-        if float(norm(values)) <= self.clip:
+        length = float(norm(unpack(packets)))
+        if length <= self.clip:
             return packets, state
-        return {name: replace(packets[name], values=t, grid=None) for name, t in _clipped(values, self.clip).items()}, state
+        return {name: replace(p, values=p.values * (self.clip / length), grid=None) for name, p in packets.items()}, state
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
         """What is shorter than `clip` was not touched; of what was, each entry grew by one unknown factor >= 1.
@@ -136,8 +130,9 @@ class DPFedAvg:
 
     def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
         std = _noise(self)
-        clipped = _clipped(unpack(packets), self.clip)
-        return pack({name: t + std * torch.randn(t.shape, generator=rng).to(t.device) for name, t in clipped.items()}), state
+        clipped, _ = Clip(self.clip)(packets, {}, rng)
+        noisy = {name: t + std * torch.randn(t.shape, generator=rng).to(t.device) for name, t in unpack(clipped).items()}
+        return pack(noisy), state
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
         """Nothing is certain any more; the values are the clipped update's on average."""

@@ -73,11 +73,13 @@ def noise_for(target: float, spent: Callable[[float], float]) -> float:
 def reconstruction_bound(prior: float, noise_multiplier: float, releases: int = 1) -> float:
     """An upper bound on the chance that a reconstruction succeeds, whatever the attack, if blind guesses do with chance `prior`.
 
-    It is Phi(Phi^-1(prior) + mu) with mu = sqrt(releases) / noise_multiplier, by which the releases are no easier to tell from what
-    the unit had no part in than N(mu, 1) from N(0, 1) (Dong, Roth and Su 2022). That is the blow-up function of Hayes, Mahloujifar
-    and Balle (2023, theorem 2, which sharpens theorem 2 of Balle, Cherubin and Hayes 2022) for those two, in the closed form of
-    Kaissis et al. (2023). `prior` is the chance of the best guess made without seeing anything, of an attacker who knows all other
-    data. That the batch is a random part of them is not counted in the defense's favour.
+    It is Phi(Phi^-1(prior) + mu) with mu = sqrt(releases) / noise_multiplier: the bound of Hayes, Mahloujifar and Balle (2023) on
+    (eta, gamma)-reconstruction robustness (Balle, Cherubin and Hayes 2022), gamma <= sup {P(E): Q(E) <= prior} over events E, where
+    P and Q are of what is sent with a unit and without it. Success is such an event for each unit, all have the same Q, under which
+    their mean chance is that of a blind guess, and the supremum is concave in it. Of Gaussians, E is a half-space (the closed form
+    is in Kaissis et al. 2023), and releases compose into one (Dong, Roth and Su 2022).
+
+    prior  chance of the best guess made without seeing anything, by an attacker who knows all other data
     """
     if not 0 <= prior <= 1:
         raise ValueError(f"prior must be a number in [0, 1], got {prior!r}")
