@@ -34,11 +34,7 @@ def gradient_of(seen: Observation, known: Knowledge) -> Update:
 def sent_entries(seen: Observation, name: str) -> Tensor | None:
     """Which entries of a tensor were sent, bool in its shape; None if all of them were."""
     packet = seen.packets[name]
-    if packet.support is None:
-        return None
-    mask = torch.zeros(packet.shape, dtype=torch.bool, device=packet.values.device)
-    mask.view(-1)[packet.support.long()] = True
-    return mask
+    return None if packet.support is None or packet.rank is not None else packet.sent()
 
 
 def relative_gap(seen: Observation, known: Knowledge, model: nn.Module, images: Tensor, labels: Tensor) -> float:

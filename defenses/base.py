@@ -1,15 +1,37 @@
-"""Defenses that are made of other defenses, and the one that does nothing."""
+"""Defenses that are made of other defenses, the one that does nothing, and what those share that treat each tensor by itself."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from fedsim.defense import BatchDefense, Defense, Exposure, GradientDefense, Guarantee, Private, State
+from fedsim.defense import BatchDefense, Belief, Beliefs, Defense, Explained, Exposure, GradientDefense, Guarantee, Private, State
 from fedsim.training import Batch, batch_gradients
 from fedsim.updates import Update
-from fedsim.wire import Packets, pack, unpack
+from fedsim.wire import Packet, Packets, pack, unpack
+
+
+class TensorByTensor(ABC):
+    """A defense without a memory that treats each tensor that has entries by itself."""
+
+    def init(self, like: Update) -> State:
+        return {}
+
+    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
+        return {name: self.send(p, rng) if p.values.numel() else p for name, p in packets.items()}, state
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        return {name: self.tell(packets[name], belief) for name, belief in beliefs.items()}
+
+    @abstractmethod
+    def send(self, packet: Packet, rng: torch.Generator) -> Packet:
+        """What to send instead of `packet`, which has values."""
+
+    @abstractmethod
+    def tell(self, packet: Packet, belief: Belief) -> Belief:
+        """`explain` for one tensor."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +43,9 @@ class NoDefense:
 
     def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
         return packets, state
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        return dict(beliefs)
 
 
 @dataclass(frozen=True)
@@ -86,6 +111,12 @@ class Chain:
     def mixes(self) -> bool:
         return any(getattr(part, "mixes", False) for part in self.parts)
 
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        told = dict(beliefs)
+        for part in reversed(self.parts):
+            told = part.explain(packets, told) if isinstance(part, Explained) else told
+        return told
+
 
 @dataclass(frozen=True)
 class ErrorFeedback:
@@ -137,6 +168,14 @@ class ErrorFeedback:
     @property
     def mixes(self) -> bool:
         return Chain((self.inner,)).mixes
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        """No bounds: what `inner` leaves possible is said of the update plus the residual, which a message does not tell apart.
+
+        In a client's first round the residual is zero, and `inner.explain` is sound of the update itself.
+        """
+        told = self.inner.explain(packets, beliefs) if isinstance(self.inner, Explained) else dict(beliefs)
+        return {name: belief.unbounded(packets[name].sent()) for name, belief in told.items()}
 
 
 def replaces_gradient(defense: object) -> bool:

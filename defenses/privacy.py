@@ -43,7 +43,11 @@ class Clip:
         length = float(norm(unpack(packets)))
         if length <= self.clip:
             return packets, state
-        return {name: replace(p, values=p.values * (self.clip / length), grid=None) for name, p in packets.items()}, state
+        share = self.clip / length
+        factor = math.sqrt(share)  # of each of two factors
+        return {
+            name: replace(p, values=p.values * (share if p.rank is None else factor), grid=None) for name, p in packets.items()
+        }, state
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
         """What is shorter than `clip` was not touched; of what was, each entry grew by one unknown factor >= 1.

@@ -126,7 +126,8 @@ class Belief:
     value   the best guess of an entry
     low     it is no smaller; -inf where nothing is known
     high    it is no larger; inf where nothing is known
-    weight  1 where `value` is the entry itself, or the entry is its mean; 0 where `value` says no more than the bounds do
+    weight  1 where `value` is the entry itself, or has it as its mean, or is all there is of an entry that was sent;
+            0 where `value` says no more than the bounds do
     """
 
     value: Tensor
@@ -138,6 +139,15 @@ class Belief:
     def exact(cls, value: Tensor) -> "Belief":
         """Of somebody who saw the tensor itself."""
         return cls(value, value, value, torch.ones_like(value))
+
+    def rounded(self, low: Tensor, high: Tensor) -> "Belief":
+        """Of an entry that was rounded to what this says: the bounds are `low` and `high`, within which `value` tells nothing."""
+        return Belief(self.value, low, high, torch.zeros_like(self.weight))
+
+    def unbounded(self, sent: Tensor) -> "Belief":
+        """Without bounds; of an entry that was `sent` (bool), `value` is then all there is to go by."""
+        nothing = torch.full_like(self.value, torch.inf)
+        return Belief(self.value, -nothing, nothing, torch.where(sent, 1.0, self.weight))
 
 
 Beliefs = dict[str, Belief]

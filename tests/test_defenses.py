@@ -11,34 +11,71 @@ import defenses
 from defenses import (
     ATS,
     DPSGD,
+    QSGD,
     Chain,
     Clip,
+    DeepGradientCompression,
     DPFedAvg,
     ErrorFeedback,
+    FixedPoint,
+    FloatFormat,
     GaussianNoise,
     InstaHide,
+    Int8,
+    KMeansQuantization,
     LaplacianNoise,
+    LogQuantization,
     MixUp,
     NoDefense,
     OutPost,
+    PowerSGD,
+    Pruning,
+    RandomK,
+    SignSGD,
     Soteria,
     StochasticQuantization,
+    Ternary,
+    Threshold,
     TopK,
     UniformQuantization,
 )
-from fedsim.defense import Defense
+from fedsim.defense import Defense, beliefs_of
 from fedsim.seeding import generator
 from fedsim.updates import Update
 from fedsim.wire import Packets, from_bytes, nbytes, pack, to_bytes, unpack
 
-# Every defense, and the compositions that are made of two kinds; the second entry says whether it draws random numbers.
+# Every defense, and the compositions that are made of two kinds; the second entry says whether what is sent depends on chance (that
+# of k-means does not here: of so few entries, it finds the same centroids from any starts).
 ALL = [
     (NoDefense(), False),
     (UniformQuantization(16), False),
     (UniformQuantization(7), False),
     (StochasticQuantization(16), True),
+    (QSGD(6, norm="linf"), True),
+    (QSGD(4), True),
+    (Ternary(), True),
+    (SignSGD(), False),
+    (SignSGD(scaled=False), False),
+    (KMeansQuantization(5), False),
+    (LogQuantization(), False),
+    (FixedPoint(8, 5), False),
+    (Int8(), False),
+    (Int8(scaled=False), False),
+    (FloatFormat("fp16"), False),
+    (FloatFormat("bf16"), False),
+    (FloatFormat("fp8_e4m3"), False),
+    (FloatFormat("fp8_e5m2"), False),
     (TopK(0.1), False),
     (TopK(1.0), False),
+    (TopK(0.1, scope="global"), False),
+    (RandomK(0.3), True),
+    (RandomK(0.3, scaled=False), True),
+    (Threshold(0.5), False),
+    (Pruning(0.3, "entries"), False),
+    (Pruning(0.3, "tensors"), False),
+    (Pruning(0.3, "literal"), False),
+    (DeepGradientCompression(0.01, clip=1.0), False),
+    (PowerSGD(2), True),
     (GaussianNoise(std=0.3), True),
     (GaussianNoise(relative=0.3), True),
     (LaplacianNoise(variance=0.09), True),
@@ -57,8 +94,19 @@ ALL = [
     (ErrorFeedback(Chain((TopK(0.2), DPFedAvg(0.5, noise_multiplier=0.3)))), True),
     (Chain((UniformQuantization(16), TopK(0.2))), False),
     (Chain((StochasticQuantization(5), GaussianNoise(std=0.3))), True),
+    (Chain((TopK(0.2), KMeansQuantization(4))), False),
+    (Chain((Ternary(), TopK(0.5))), True),
+    (Chain((TopK(0.3, scope="global"), QSGD(3))), True),
+    (Chain((UniformQuantization(4), UniformQuantization(16))), False),
+    (Chain((LogQuantization(), FloatFormat("fp8_e5m2"))), False),
+    (Chain((TopK(0.3), Threshold(1.5), Pruning(0.3))), False),
+    (Chain((TopK(0.9), RandomK(0.2), Int8())), True),
+    (Chain((FloatFormat("bf16"), SignSGD())), False),
+    (Chain((PowerSGD(1), TopK(0.5), UniformQuantization(16))), True),
     (ErrorFeedback(TopK(0.1)), False),
     (ErrorFeedback(StochasticQuantization(3)), True),
+    (ErrorFeedback(SignSGD()), False),
+    (ErrorFeedback(PowerSGD(1)), True),
     (ErrorFeedback(Chain((TopK(0.2), GaussianNoise(std=0.3)))), True),
     (Chain((ErrorFeedback(TopK(0.5)), ErrorFeedback(UniformQuantization(3)))), False),
 ]
@@ -118,7 +166,7 @@ def test_no_defense_writes_to_its_arguments(defense):
     for name, leaf in LEAVES.items():
         assert torch.equal(update[name], leaf)
         assert torch.equal(packets[name].dense(), leaf)
-        assert packets[name].support is packets[name].grid is None
+        assert packets[name].support is packets[name].grid is packets[name].rank is None
     assert list(state) == list(kept)
     assert all(torch.equal(state[name], kept[name]) for name in kept)
 
@@ -155,6 +203,20 @@ def test_a_defense_is_a_value(defense):
     assert pickle.loads(pickle.dumps(defense)) == defense
     with pytest.raises(AttributeError, match="cannot assign"):
         defense.levels = 3
+
+
+@every_update
+@every_defense
+def test_the_update_lies_within_what_a_defense_leaves_possible(defense, update):
+    packets, _ = apply(defense, update)
+    arrived = {name: from_bytes(to_bytes(packet)) for name, packet in packets.items()}
+    for name, belief in beliefs_of(arrived, defense).items():
+        assert belief.value.shape == belief.low.shape == belief.high.shape == belief.weight.shape == update[name].shape
+        assert bool((belief.low <= update[name]).all()), f"{name} lies {(belief.low - update[name]).max()} below"
+        assert bool((update[name] <= belief.high).all()), f"{name} lies {(update[name] - belief.high).max()} above"
+        assert bool((belief.low <= belief.value).all())
+        assert bool((belief.value <= belief.high).all())
+        assert bool(((belief.weight == 0) | (belief.weight == 1)).all())
 
 
 def test_every_defense_there_is_stands_in_the_table():

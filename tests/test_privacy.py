@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor, nn
 from worlds import FEDAVG, FEDSGD, FLOWER, NORMED, config, federate
 
-from defenses import DPSGD, Chain, Clip, DPFedAvg, ErrorFeedback, MixUp, TopK, UniformQuantization
+from defenses import DPSGD, Chain, Clip, DPFedAvg, ErrorFeedback, MixUp, PowerSGD, TopK, UniformQuantization
 from defenses.privacy import clipped_sum
 from experiments import invert, plots, runner
 from experiments.card import card, guarantee_of
@@ -70,6 +70,14 @@ def test_a_clipped_update_is_no_longer_than_the_bound_and_points_the_same_way(le
 
 def test_an_update_too_long_for_a_float32_square_is_clipped():
     assert float(norm(send(Clip(1.0), update_of(1e30)))) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_factors_are_clipped_by_what_they_multiply_to():
+    update = update_of(7.0)
+    packets, _ = PowerSGD(1)(pack(update), PowerSGD(1).init(update), generator(0, "unused"))
+    clipped, _ = Clip(1.0)(packets, {}, generator(0, "unused"))
+    assert clipped["x"].rank == 1
+    assert float(norm(unpack(clipped))) == pytest.approx(1.0, rel=1e-5)
 
 
 def test_a_zero_update_stays_zero():
