@@ -216,13 +216,14 @@ class SignSGD(TensorByTensor):
     def send(self, packet: Packet, rng: torch.Generator) -> Packet:
         scale = 1.0
         if self.scaled:
-            # Of a tensor with any entry a level is not 0, so that its sign can be read.
+            # Not 0 where there is anything, however small, so that signs can be read.
             scale = max(float(packet.values.double().abs().mean()), SMALLEST) if packet.values.any() else 0.0
         grid = Grid(-scale, 2 * scale, 1)
         return replace(packet, values=grid.decode((packet.values >= 0).long()), grid=grid)
 
     def tell(self, packet: Packet, belief: Belief) -> Belief:
-        positive, negative, loose = belief.low > 0, belief.high < 0, belief.unbounded(packet.sent())
+        # A sign sent as 0 is that of an entry, and a whole tensor, of 0.
+        positive, negative, loose = belief.low >= 0, belief.high <= 0, belief.unbounded(packet.sent())
         return Belief(
             belief.value,
             torch.where(positive, 0.0, loose.low),

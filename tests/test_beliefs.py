@@ -85,6 +85,44 @@ def test_the_update_lies_within_what_any_chain_leaves_possible(parts, leaves, se
         assert bool((belief.value <= belief.high).all())
 
 
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    first=st.sampled_from([part for part in PARTS if not isinstance(part, PowerSGD)]),
+    second=st.sampled_from([part for part in PARTS if not isinstance(part, ErrorFeedback)]),
+    kind=st.sampled_from(list(KINDS)),
+    seed=st.integers(0, 2**31),
+)
+def test_what_a_defense_was_given_lies_within_what_it_leaves_whatever_was_done_before(first, second, kind, seed):
+    update = {f"{i}": KINDS[kind](torch.randn(31, generator=generator(seed, "leaf", i))) for i in range(2)}
+    given, _ = first(pack(update), first.init(update), generator(seed, "first"))
+    packets, _ = second(given, second.init(update), generator(seed, "second"))
+    for name, belief in beliefs_of(packets, second).items():
+        true = given[name].dense()
+        assert bool((belief.low <= true).all())
+        assert bool((true <= belief.high).all())
+
+
+@pytest.mark.parametrize("later", [TopK(0.05, "global"), TopK(0.9, "global"), Pruning(0.0, "tensors")])
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+def test_entries_of_factors_bound_no_entries_of_tensors(later, scale):
+    # The first factor's entries are (1, …, 7) / 11.8 and its norm is 1, whatever the size of the matrix.
+    matrix = scale * torch.outer(torch.arange(1.0, 8.0), torch.arange(1.0, 10.0))
+    update = {"matrix": matrix, "vector": torch.tensor([0.5, -0.3, 0.1])}
+    for name, belief in told(Chain((PowerSGD(1), later)), update)[1].items():
+        assert bool((belief.low <= update[name]).all())
+        assert bool((update[name] <= belief.high).all())
+
+
+@pytest.mark.parametrize("defense", [TopK(0.5), TopK(0.5, "global"), Pruning(0.5, "entries")])
+def test_where_nothing_arrives_the_dropped_are_no_larger_than_the_largest_may_be(defense):
+    # Somebody who knows that entry 1 was kept at first, and lies in [-2, 2], knows that entry 0 does as well.
+    packet = Packet(torch.zeros(0), (2,), torch.zeros(0, dtype=torch.int64))
+    belief = Belief(torch.zeros(2), torch.tensor([0.0, -2.0]), torch.tensor([0.0, 2.0]), torch.zeros(2))
+    found = defense.explain({"x": packet}, {"x": belief})["x"]
+    assert found.low.tolist() == [-2, -2]
+    assert found.high.tolist() == [2, 2]
+
+
 # How narrow ---------------------------------------------------------------------------------------------------------------------
 
 X = torch.randn(1009, generator=generator(0, "x"))
@@ -143,6 +181,11 @@ def test_signs_leave_half_a_line():
     assert torch.equal(belief.low, torch.where(X < 0, -torch.inf, 0.0))
     assert torch.equal(belief.high, torch.where(X < 0, 0.0, torch.inf))
     assert not belief.weight.any()
+    tiny = told(SignSGD(), {"x": torch.tensor([1e-45] + 7 * [0.0])})[1]["x"]  # a mean that is 0 in float32
+    assert tiny.high[0] == torch.inf
+    zeros = told(SignSGD(), {"x": torch.zeros(3)})[1]["x"]
+    assert torch.equal(zeros.low, torch.zeros(3))
+    assert torch.equal(zeros.high, torch.zeros(3))
 
 
 def test_k_means_leaves_what_lies_nearest_the_centroid():
