@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -336,7 +336,7 @@ class Problems:
     target: dict[str, Tensor]
     image_shape: tuple[int, ...]  # (C, H, W)
     num_classes: int
-    training: dict[str, float]
+    training: dict[str, Any]
     beliefs: dict[str, Belief] | None = None
     labels: Tensor | None = None  # (V, copies * n), or None when they are optimised too
     stopped: threading.Event | None = None  # set when nobody waits for the result any more

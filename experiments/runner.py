@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from experiments import scoring
-from experiments.card import card, obstacles
+from experiments.card import GUESS, card, guarantee_of, obstacles
 from experiments.config import Config, ConfigError, build_checked, contender, label
 from experiments.progress import Progress, console
 from fedsim import federation
+from fedsim.accounting import reconstruction_bound
 from fedsim.data import check
 from fedsim.federation import Checkpoint, Round
 from fedsim.observation import Observation
@@ -124,7 +125,7 @@ def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
                 progress.leaks(_attack(setup, folder, attack, name, seen, progress))
 
         def after(report: Round, state: Checkpoint) -> None:
-            folder.add("rounds", [dataclasses.asdict(report)])
+            folder.add("rounds", [dataclasses.asdict(report) | spent(setup, report.round)])
             folder.save_checkpoint(state)
             progress.round(report)
 
@@ -171,6 +172,14 @@ def _attack(setup: Setup, folder: RunFolder, attack: Any, name: str, seen: Seque
     return [row["verdict"] for row in rows]
 
 
+def spent(setup: Setup, round: int) -> dict[str, float]:
+    """What is proved of the most exposed client after `round` rounds; nothing for a defense without a proof."""
+    if (proved := guarantee_of(setup, round)) is None:
+        return {}
+    bound = reconstruction_bound(GUESS, proved.noise_multiplier, proved.releases)
+    return {"epsilon": proved.epsilon, "delta": proved.delta, "reconstruction_bound": bound}
+
+
 def show_card(setup: Setup, config: Config) -> None:
     """Prints the threat-model card."""
     tap, attack = build_checked("tap", config["tap"]), attack_of(config)
@@ -185,7 +194,7 @@ def show_card(setup: Setup, config: Config) -> None:
 def environment(setup: Setup, command: str) -> dict[str, Any]:
     """What a result depends on besides its configuration."""
     packages = {}
-    for package in ("fedsim", "torch", "torchvision", "flwr", "flwr-datasets", "numpy", "pandas", "ray"):
+    for package in ("fedsim", "torch", "torchvision", "flwr", "flwr-datasets", "dp-accounting", "numpy", "pandas", "ray"):
         with contextlib.suppress(PackageNotFoundError):
             packages[package] = version(package)
     device = str(setup.device)

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fedsim.defense import State
+from fedsim.defense import State, hooks_of
 from fedsim.files import write_bytes, write_with
 from fedsim.inspection import Finding, Inspection, Refused
 from fedsim.records import ARRAYS, CONFIG, METRICS, SENDER, reply_of, tensors_of
@@ -57,6 +57,7 @@ def client_app(config: Config, memory: str | None = None) -> ClientApp:
                 buffers,
                 (setup.batch(i) for i in index),
                 proximal=float(order.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
+                hooks=hooks_of(setup.defense, setup.dataset.num_classes, setup.seed, round, client),
             )
         packets, state = setup.defense(
             pack(trained.update),

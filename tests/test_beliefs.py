@@ -15,7 +15,9 @@ from torch import Tensor
 from defenses import (
     QSGD,
     Chain,
+    Clip,
     DeepGradientCompression,
+    DPFedAvg,
     ErrorFeedback,
     FixedPoint,
     FloatFormat,
@@ -46,6 +48,7 @@ PARTS = [
     *(FixedPoint(16, 10), FloatFormat("fp16"), FloatFormat("bf16"), FloatFormat("fp8_e4m3"), FloatFormat("fp8_e5m2"), Int8()),
     *(Int8(scaled=False), TopK(0.05), TopK(0.5), TopK(0.3, "global"), RandomK(0.3), RandomK(0.8, scaled=False), Threshold(0.0)),
     *(Threshold(0.5), Pruning(0.3, "entries"), Pruning(0.6, "tensors"), Pruning(0.0, "literal"), NoDefense()),
+    *(Clip(0.1), Clip(3.0), Clip(1e6), DPFedAvg(1.0, noise_multiplier=0.1)),
     *(GaussianNoise(std=0.0), PowerSGD(1), DeepGradientCompression(0.1), ErrorFeedback(TopK(0.3))),
 ]
 SHAPES: list[tuple[int, ...]] = [(), (1,), (3,), (41,), (31, 7), (5, 3, 2, 2)]

@@ -20,6 +20,30 @@ RUNS = {
     "FedAvg, FedAdam, a defense with a memory": {"federation": FEDAVG, "strategy": "FedAdam", "defense": TOPK_EF},
     "FedSGD": {"federation": FEDSGD},
     "FedSGD, random numbers": {"federation": FEDSGD, "defense": {"_target_": "defenses.GaussianNoise", "relative": 0.3}},
+    "FedAvg, all that defenses do in training": {
+        "federation": FEDAVG,
+        "defense": {
+            "_target_": "defenses.Chain",
+            "parts": [
+                {"_target_": "defenses.ATS", "policy": "random"},
+                {"_target_": "defenses.MixUp"},
+                {"_target_": "defenses.InstaHide", "k": 2, "largest": 0.7},
+                {"_target_": "defenses.OutPost"},
+                {"_target_": "defenses.Clip", "clip": 1.0},
+            ],
+        },
+    },
+    "FedAvg, private": {
+        "rounds": 2,
+        "federation": FEDAVG,
+        "defense": {
+            "_target_": "defenses.Chain",
+            "parts": [
+                {"_target_": "defenses.DPSGD", "clip": 1.0, "epsilon": 8.0},
+                {"_target_": "defenses.DPFedAvg", "clip": 1.0, "noise_multiplier": 0.1},
+            ],
+        },
+    },
 }
 RAY_RUNS = list(RUNS)[:2]
 
