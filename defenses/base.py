@@ -1,13 +1,16 @@
 """Defenses that are made of other defenses, and the one that does nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-from fedsim.defense import Defense, State
+from fedsim.defense import Belief, Beliefs, Defense, Explained, State
 from fedsim.updates import Update
 from fedsim.wire import Packets, pack, unpack
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,47 @@ class ErrorFeedback:
         sent, inner = self.inner(pack(wanted), _within("inner/", state), rng)
         dropped = {f"residual/{name}": wanted[name] - t for name, t in unpack(sent).items()}
         return sent, dropped | {f"inner/{key}": t for key, t in inner.items()}
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Applies `inner` to the tensors whose names begin with one of `prefixes`; the others are sent as they are.
+
+    Noise on the layers in front of a variational bottleneck, whose gradients it does not hide, is PRECODE with partial perturbation
+    (Scheliga et al. 2022, arXiv:2208.04767). A size of noise that is `relative` is so to the tensors it is added to.
+    """
+
+    inner: Defense
+    prefixes: tuple[str, ...]
+
+    def __init__(self, inner: Defense, prefixes: Sequence[str]) -> None:
+        if not _is_defense(inner):
+            raise TypeError(f"a partial defense wraps a defense, got {inner!r}")
+        if isinstance(prefixes, str) or not prefixes:
+            raise ValueError(
+                f"prefixes must be a list of at least one beginning of a name, such as ['features.'], got {prefixes!r}"
+            )
+        object.__setattr__(self, "inner", inner)
+        object.__setattr__(self, "prefixes", tuple(prefixes))
+
+    def init(self, like: Update) -> State:
+        return self.inner.init(self._chosen(like))
+
+    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
+        sent, state = self.inner(self._chosen(packets), state, rng)
+        return {name: sent.get(name, packet) for name, packet in packets.items()}, state
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        chosen = self._chosen(beliefs)
+        if isinstance(self.inner, Explained):
+            chosen = self.inner.explain(self._chosen(packets), chosen)
+        return {name: chosen.get(name, belief) for name, belief in beliefs.items()}
+
+    def _chosen(self, named: Mapping[str, T]) -> dict[str, T]:
+        chosen = {name: value for name, value in named.items() if name.startswith(self.prefixes)}
+        if not chosen:
+            raise ValueError(f"no tensor's name begins with {' or '.join(self.prefixes)}: they are {', '.join(named)}")
+        return chosen
 
 
 def _is_defense(value: object) -> bool:

@@ -49,20 +49,34 @@ def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def batch_loss(
-    model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], images: Tensor, labels: Tensor
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    penalty: bool = True,
 ) -> Tensor:
-    """The loss of one batch at `params`; differentiable in all of them, and in the images."""
-    return loss_of(functional_call(model, {**params, **buffers}, (images,)), labels)
+    """The loss of one batch at `params`, differentiable in all of them, and in the images; with the model's `penalty`, if any."""
+    output = functional_call(model, {**params, **buffers}, (images,))
+    return loss_of(output if penalty or not isinstance(output, tuple) else output[0], labels)
 
 
 def stacked_loss(
-    model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], images: Tensor, labels: Tensor
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    penalty: bool = True,
 ) -> Tensor:
     """The sum of P losses, as `batch_loss`, of P batches at parameters of their own: every argument begins with P.
 
     They share nothing, so its gradient holds each one's own.
     """
-    return vmap(partial(batch_loss, model), randomness="different")(params, buffers, images, labels).sum()
+    loss = partial(batch_loss, model, penalty=penalty)
+    return vmap(loss, randomness="different")(params, buffers, images, labels).sum()
 
 
 @dataclass(frozen=True)
