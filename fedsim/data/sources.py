@@ -150,7 +150,7 @@ def image_shape(name: str, side: int | None = None) -> tuple[int, int, int]:
 
 def _resized(dataset: Dataset, side: int | None, progress: bool) -> Dataset:
     """The dataset with its images resized by averaging neighbours, as many as a pixel covers (bilinear with antialiasing)."""
-    if side in (None, dataset.image_shape[1]) and dataset.image_shape[1] == dataset.image_shape[2]:
+    if side is None or dataset.image_shape[1:] == (side, side):
         return dataset
     count = len(dataset.train) + len(dataset.test)
     with _bar(f"resizing {dataset.name} to {side}x{side}", count, progress) as advance:
