@@ -164,12 +164,13 @@ def gradinversion(
 
 
 def precode_naive(
-    restarts: int = 1, iterations: int = 7000, rate: float = 0.01, tv: float = 1e-6, told: bool = True, record: int = 0
+    restarts: int = 1, iterations: int = 7000, rate: float = 0.01, tv: float = 1e-6, told: bool = False, record: int = 0
 ) -> GradientMatching:
     """The attack that PRECODE was tested with (Scheliga et al. 2022): Inverting Gradients by somebody who does not know of it.
 
-    Threat model: as `inverting_gradients`, told the labels. Draws the bottleneck's noise anew at each evaluation, and does not know
-    that the clients' loss holds a penalty: what it cannot steal says nothing about who knows (`precode_ignore`, `precode_aware`).
+    Threat model: as `inverting_gradients`; the paper's attacker is `told` the labels. Draws the bottleneck's noise anew at each
+    evaluation, and does not know that the clients' loss holds a penalty: what it cannot steal says nothing about who knows
+    (`precode_ignore`, `precode_aware`).
     """
     return replace(inverting_gradients(restarts, iterations, rate, tv, told, record), penalty=False)
 

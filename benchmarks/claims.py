@@ -273,7 +273,7 @@ def ssims(found: Sequence[Reconstruction], truth: Sequence[Truth]) -> Tensor:
 
 def precode(data: Dataset, count: int) -> None:
     """SSIM on PRECODE's MLP without and with its bottleneck; exact inversion of all victims, the search on 4 of them."""
-    search = attacks.precode_naive(iterations=100, rate=0.1)  # for the paper's 7,000 at 0.01, which need an hour
+    search = attacks.precode_naive(iterations=100, rate=0.1, told=True)  # for the paper's 7,000 at 0.01, which need an hour
     naive = {}
     for name, bottleneck in (("without", None), ("with", Precode())):
         build = lambda rng, inside=bottleneck: precode_mlp(  # noqa: E731
@@ -311,9 +311,9 @@ def precode_cnn(data: Dataset, count: int) -> None:
         data.image_shape, 10, activation="silu", init=Xavier(gain=1.5), bottleneck=inside, mean=data.mean, std=data.std, rng=rng
     )
     for name, attack, inside in (
-        ("no PRECODE, Adam", attacks.precode_naive(tv=1e-3), None),
+        ("no PRECODE, Adam", attacks.precode_naive(tv=1e-3, told=True), None),
         ("no PRECODE, L-BFGS", attacks.precode_aware(evaluations=600, told=True), None),
-        ("PRECODE, naive", attacks.precode_naive(tv=1e-3), Precode()),
+        ("PRECODE, naive", attacks.precode_naive(tv=1e-3, told=True), Precode()),
         ("PRECODE, ignore", attacks.precode_ignore(told=True), Precode()),
         ("PRECODE, joint", attacks.precode_aware(evaluations=600, told=True), Precode()),
     ):
