@@ -1,8 +1,8 @@
 """What an attacker does about a defense it knows: it works from what the defense leaves possible, and rehearses on public images.
 
 Whoever knows a defense can run it. So the choices that decide under noise, rounding or missing entries, such as the weight of a
-prior, are not guessed: each variant of an attack is tried on updates of public images that went through the same defense, and the one
-that sees most of them is used on the victims (adaptive evaluation: Tramer et al. 2020; by defense: Balunovic et al. 2022).
+prior, are not guessed: each variant of an attack is tried on updates of public images that went through the same defense, and the
+one that sees most of them is used on the victims (adaptive evaluation: Tramer et al. 2020; by defense: Balunovic et al. 2022).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from attacks import metrics
 from attacks.evidence import size_of
 from attacks.matching import GradientMatching, Plan, Problems
-from attacks.optimizers import LBFGS, Stop
+from attacks.optimizers import Stop
 from attacks.terms import TotalVariation
-from fedsim.data.images import Images
 from fedsim.defense import Defense
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction
 from fedsim.seeding import generator
@@ -117,14 +116,14 @@ class Rehearsed:
     ) -> Observation:
         """What a client with these images would have sent in the place of a victim."""
         assert isinstance(known.defense, Defense)
-        plan, steps = Plan.of(one, known, True), known.local_steps or 1
+        plan = Plan.of(one, known, True)
         batches = [(x[places], y[places]) for places in (torch.tensor(step) % plan.images for step in plan.steps)]
         trained = local_update(
             model,
             one.params,
             one.buffers,
             batches,
-            lr=known.lr or 1.0 if steps > 1 else known.lr or 1.0,
+            lr=known.lr or 1.0,
             momentum=known.momentum,
             weight_decay=known.weight_decay,
             proximal=known.proximal,

@@ -3,7 +3,7 @@
 Each is a frozen dataclass with the protocol `fedsim.defense.Defense`.
 """
 
-from defenses.base import Chain, ErrorFeedback, NoDefense
+from defenses.base import Chain, ErrorFeedback, NoDefense, Partial
 from defenses.factorize import PowerSGD
 from defenses.formats import FixedPoint, FloatFormat, Int8, LogQuantization
 from defenses.gradients import OutPost, Soteria
@@ -34,6 +34,7 @@ __all__ = [
     "MixUp",
     "NoDefense",
     "OutPost",
+    "Partial",
     "PowerSGD",
     "Pruning",
     "RandomK",

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ class TensorByTensor(ABC):
     @abstractmethod
     def tell(self, packet: Packet, belief: Belief) -> Belief:
         """`explain` for one tensor."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,47 @@ def replaces_gradient(defense: object) -> bool:
     """Whether a defense, or one that it is made of, computes another gradient than the batch's."""
     inner = (*getattr(defense, "parts", ()), *([defense.inner] if isinstance(defense, ErrorFeedback) else []))
     return any(map(replaces_gradient, inner)) if inner else isinstance(defense, GradientDefense)
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Applies `inner` to the tensors whose names begin with one of `prefixes`; the others are sent as they are.
+
+    Noise on the layers in front of a variational bottleneck, whose gradients it does not hide, is PRECODE with partial perturbation
+    (Scheliga et al. 2022, arXiv:2208.04767). A size of noise that is `relative` is so to the tensors it is added to.
+    """
+
+    inner: Defense
+    prefixes: tuple[str, ...]
+
+    def __init__(self, inner: Defense, prefixes: Sequence[str]) -> None:
+        if not _is_defense(inner):
+            raise TypeError(f"a partial defense wraps a defense, got {inner!r}")
+        if isinstance(prefixes, str) or not prefixes:
+            raise ValueError(
+                f"prefixes must be a list of at least one beginning of a name, such as ['features.'], got {prefixes!r}"
+            )
+        object.__setattr__(self, "inner", inner)
+        object.__setattr__(self, "prefixes", tuple(prefixes))
+
+    def init(self, like: Update) -> State:
+        return self.inner.init(self._chosen(like))
+
+    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
+        sent, state = self.inner(self._chosen(packets), state, rng)
+        return {name: sent.get(name, packet) for name, packet in packets.items()}, state
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        chosen = self._chosen(beliefs)
+        if isinstance(self.inner, Explained):
+            chosen = self.inner.explain(self._chosen(packets), chosen)
+        return {name: chosen.get(name, belief) for name, belief in beliefs.items()}
+
+    def _chosen(self, named: Mapping[str, T]) -> dict[str, T]:
+        chosen = {name: value for name, value in named.items() if name.startswith(self.prefixes)}
+        if not chosen:
+            raise ValueError(f"no tensor's name begins with {' or '.join(self.prefixes)}: they are {', '.join(named)}")
+        return chosen
 
 
 def _is_defense(value: object) -> bool:

@@ -4,12 +4,12 @@ from typing import Any
 
 from torch import nn
 
-from attacks import LBFGS, SPEAR, BagOfTokens, Imprint, SpanCheck
+from attacks import LBFGS, SPEAR, BagOfTokens, GradientMatching, Imprint, SpanCheck
 from fedsim import servers
 from fedsim.accounting import quoted_epsilon, reconstruction_bound
 from fedsim.data import Corpus
 from fedsim.defense import Guarantee, Private
-from fedsim.models import Bert
+from fedsim.models import Bert, Stochastic
 from fedsim.protocols import FedAvg, FedSGD
 from fedsim.setup import Setup
 from fedsim.tap import Tap
@@ -120,6 +120,9 @@ def obstacles(setup: Setup, attack: Any) -> list[tuple[str, str]]:
     if protocol.train_mode:
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in modules):
             found.append(("hopeless", "dropout: the attacker does not know which units were dropped; model.dropout=0"))
+        blind = isinstance(attack, GradientMatching) and attack.noise == "drawn" and attack.matched == "all"
+        if blind and any(isinstance(m, Stochastic) for m in modules):
+            found.append(("hopeless", "the model draws at random, and the attack draws anew each time; attack=precode_aware"))
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
             found.append(("weak", "BatchNorm in training mode normalises by the unseen batch; federation.train_mode=false"))
     if isinstance(getattr(attack, "optimizer", None), LBFGS) and any(isinstance(m, nn.ReLU) for m in modules):

@@ -34,7 +34,7 @@ from experiments.config import Config, build_checked
 from experiments.config import label as label_of
 from experiments.runner import attack_of, check_config, environment
 from fedsim.checks import whole
-from fedsim.client import dropout_seeded
+from fedsim.client import chance_seeded
 from fedsim.data import Dataset, load
 from fedsim.defense import Exposure, hooks_of
 from fedsim.files import write_bytes, write_with
@@ -112,10 +112,10 @@ def steal(
     model = setup.model()
     params, buffers = split(model)
     steps = len(setup.protocol.batches(torch.tensor([0]), setup.seed, 1, 0))
-    with dropout_seeded(model, seed_of(setup.seed, "dropout", 1, 0)):
+    with chance_seeded(model, image, seed_of(setup.seed, "dropout", 1, 0)):
         proximal = setup.config["strategy"].get("proximal_mu", 0.0)
         true = setup.protocol.train(model, params, buffers, [(image, label)] * steps, proximal)
-    with dropout_seeded(model, seed_of(setup.seed, "dropout", 1, 0)):
+    with chance_seeded(model, image, seed_of(setup.seed, "dropout", 1, 0)):
         hooks = hooks_of(setup.defense, setup.dataset.num_classes, setup.seed, 1, 0)
         trained = (
             true if hooks == Hooks() else setup.protocol.train(model, params, buffers, [(image, label)] * steps, proximal, hooks)
@@ -201,7 +201,7 @@ def draw_kernels(theft: Theft, folder: Path) -> list[Path]:
     modes: dict[str, Update] = {}
     for mode in ("eval", "training"):
         model = setup.model().train(mode == "training")
-        with dropout_seeded(model, seed_of(setup.seed, "dropout", 1, 0)):
+        with chance_seeded(model, theft.image, seed_of(setup.seed, "dropout", 1, 0)):
             modes[f"{mode} mode"] = local_update(model, params, buffers, [(theft.image, theft.label)], lr=1.0).update
     if not theft.seen.buffers:  # without BatchNorm the mode changes nothing that is shown here
         modes = {"gradient": modes["eval mode"]}

@@ -20,7 +20,7 @@ from experiments.config import Config, ConfigError, build_checked, contender, la
 from experiments.progress import Progress, console
 from fedsim import federation
 from fedsim.accounting import reconstruction_bound
-from fedsim.data import check
+from fedsim.data import check, image_shape
 from fedsim.federation import Checkpoint, Round
 from fedsim.observation import Observation
 from fedsim.run import RunFolder
@@ -48,11 +48,13 @@ def check_config(config: Config) -> None:
         raise ConfigError(f"attack={config['choices']['attack']} reads what a malicious server plants: add server={needed}")
     build_checked("strategy", config["strategy"])
     data, clients = config["data"], config["federation"]["clients"]
-    shape, classes = ((16,), 400) if data["name"] == "text" else ((3, 32, 32), 10)
-    build_checked("model", config["model"], image_shape=shape, num_classes=classes)
     for size in ("train_size", "test_size"):
         if data.get(size) is not None:
             whole(f"data.{size}", data[size])
+    if data.get("side") is not None:
+        whole("data.side", data["side"], 8, 512)
+    shape, classes = ((16,), 400) if data["name"] == "text" else (image_shape(data["name"], data.get("side")), 10)
+    build_checked("model", config["model"], image_shape=shape, num_classes=classes)
     if data.get("train_size") is not None and data["train_size"] < clients:
         raise ValueError(
             f"data.train_size={data['train_size']} examples are too few for federation.clients={clients}: one each at least"

@@ -54,23 +54,37 @@ def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def batch_loss(
-    model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], images: Tensor, labels: Tensor
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    penalty: bool = True,
 ) -> Tensor:
-    """The loss of one batch at `params`; differentiable in all of them, and in the images."""
-    return loss_of(functional_call(model, {**params, **buffers}, (images,)), labels)
+    """The loss of one batch at `params`, differentiable in all of them, and in the images; with the model's `penalty`, if any."""
+    output = functional_call(model, {**params, **buffers}, (images,))
+    return loss_of(output if penalty or not isinstance(output, tuple) else output[0], labels)
 
 
 def stacked_loss(
-    model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], images: Tensor, labels: Tensor
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    penalty: bool = True,
 ) -> Tensor:
     """The sum of P losses, as `batch_loss`, of P batches at parameters of their own: every argument begins with P.
 
     They share nothing, so its gradient holds each one's own. One alone needs no vmap, which would make grouped convolutions.
     """
+    loss = partial(batch_loss, model, penalty=penalty)
     if len(images) == 1:
         alone, theirs = ({name: t[0] for name, t in part.items()} for part in (params, buffers))
-        return batch_loss(model, alone, theirs, images[0], labels[0])
-    return vmap(partial(batch_loss, model), randomness="different")(params, buffers, images, labels).sum()
+        return loss(alone, theirs, images[0], labels[0])
+    return vmap(loss, randomness="different")(params, buffers, images, labels).sum()
 
 
 def batch_gradients(

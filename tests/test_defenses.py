@@ -28,6 +28,7 @@ from defenses import (
     MixUp,
     NoDefense,
     OutPost,
+    Partial,
     PowerSGD,
     Pruning,
     RandomK,
@@ -109,6 +110,8 @@ ALL = [
     (ErrorFeedback(PowerSGD(1)), True),
     (ErrorFeedback(Chain((TopK(0.2), GaussianNoise(std=0.3)))), True),
     (Chain((ErrorFeedback(TopK(0.5)), ErrorFeedback(UniformQuantization(3)))), False),
+    (Partial(GaussianNoise(relative=0.3), ("", "matrix")), True),
+    (Partial(ErrorFeedback(TopK(0.1)), [""]), False),
 ]
 every_defense = pytest.mark.parametrize("defense", [d for d, _ in ALL], ids=[repr(d) for d, _ in ALL])
 random_defense = pytest.mark.parametrize("defense", [d for d, chance in ALL if chance], ids=[repr(d) for d, c in ALL if c])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from worlds import FEDAVG, FEDSGD, TOPK_EF, assert_same, config, federate
+from worlds import FEDAVG, FEDSGD, MLP, TOPK_EF, assert_same, config, federate
 
 from fedsim.engines.inline import Inline, InlineGrid
 from fedsim.engines.ray import Ray
@@ -17,7 +17,12 @@ from fedsim.federation import Engine
 
 HERE = Path(__file__).parent
 RUNS = {
-    "FedAvg, FedAdam, a defense with a memory": {"federation": FEDAVG, "strategy": "FedAdam", "defense": TOPK_EF},
+    "FedAvg, FedAdam, a defense with a memory, a model that draws": {
+        "federation": FEDAVG,
+        "strategy": "FedAdam",
+        "defense": TOPK_EF,
+        "model": MLP | {"bottleneck": {"_target_": "fedsim.models.Precode", "width": 2}},
+    },
     "FedSGD": {"federation": FEDSGD},
     "FedSGD, random numbers": {"federation": FEDSGD, "defense": {"_target_": "defenses.GaussianNoise", "relative": 0.3}},
     "FedAvg, all that defenses do in training": {
