@@ -18,6 +18,7 @@ from fedsim.data import Corpus, Dataset, load
 from fedsim.defense import Defense
 from fedsim.inspection import Inspection
 from fedsim.protocols import Protocol
+from fedsim.secure_aggregation import Plain, Secure
 from fedsim.seeding import generator
 from fedsim.servers import Honest, Server
 
@@ -41,6 +42,7 @@ class Setup:
     defense   what clients do to an update before they send it
     server    who hands out the model: an honest server, or one that changes it
     inspection  what clients look for in it
+    aggregation  whether the server sees updates, or their sum
     """
 
     config: Config
@@ -52,6 +54,7 @@ class Setup:
     device: torch.device
     server: Server = Honest()
     inspection: Inspection = Inspection("off")
+    aggregation: Plain | Secure = Plain()
 
     def model(self) -> nn.Module:
         """A new model as the server first broadcasts it, on the run's device, in the mode clients train in."""
@@ -72,10 +75,14 @@ class Setup:
         images, labels = self.dataset.train.batch(index)
         return images.to(self.device), labels.to(self.device)
 
-    def truth(self, round: int, client: int) -> tuple[Tensor, Tensor]:
-        """The images and labels that `client` computed its update of `round` from, each once, in the order of first use."""
+    def examples(self, round: int, client: int) -> Tensor:
+        """Places in the training set that `client` computed its update of `round` from, each once, in the order of first use."""
         index = torch.cat(self.protocol.batches(self.shards[client], self.seed, round, client))
-        return self.batch(torch.tensor(list(dict.fromkeys(index.tolist()))))
+        return torch.tensor(list(dict.fromkeys(index.tolist())))
+
+    def truth(self, round: int, *clients: int) -> tuple[Tensor, Tensor]:
+        """The images and labels that `clients` computed their updates of `round` from, one client's behind the other's."""
+        return self.batch(torch.cat([self.examples(round, client) for client in clients]))
 
 
 def device_of(name: str) -> torch.device:
@@ -112,9 +119,10 @@ def _setup_of(text: str) -> Setup:
         protocol,
         build(config["defense"]),
         device_of(config.get("device", "auto")),
-        # Folders of earlier versions have neither.
+        # Folders of earlier versions have none of these.
         build(config["server"]) if "server" in config else Honest(),
         build(config["inspect"]) if "inspect" in config else Inspection("off"),
+        build(config["aggregation"]) if "aggregation" in config else Plain(),
     )
 
 
