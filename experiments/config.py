@@ -162,11 +162,11 @@ def contender(config: Config) -> str:
     """What a run is told apart by in tables and figures: its defense; its server and aggregation, and what is unusual of them,
     unless they are honest and plain."""
     told = label(config)
-    for group, usually in (("server", "honest"), ("aggregation", "plain")):
+    for group, usually, words in (("server", "honest", "server={}"), ("aggregation", "plain", "{} aggregation")):
         if (name := config["choices"].get(group, usually)) != usually:
             usual = compose([f"{group}={name}"])[group]
             unusual = [f"{key}={value}" for key, value in config[group].items() if value != usual.get(key)]
-            told = " ".join([f"{told}, {group}={name}", *unusual])
+            told = " ".join([f"{told}, {words.format(name)}", *unusual])
     return told
 
 

@@ -29,8 +29,8 @@ def knowledge(setup: Setup, num_examples: int, clients: int = 1) -> Knowledge:
 
     The dataset's test images are public: clients' shards are parts of its training images.
 
-    A sum of clients is taken for one client with batches as large as all of theirs together. After one step that is what it is; after
-    several, each client has gone its own way.
+    A sum of clients is taken for one client with batches as large as all of theirs together. That is what it is after one step;
+    after several, each client has gone its own way.
 
     num_examples  what the client reports, from which the number of its local steps follows; of a sum, what all report
     clients       in the sum
@@ -60,7 +60,7 @@ def knowledge(setup: Setup, num_examples: int, clients: int = 1) -> Knowledge:
 
 
 def leaks(setup: Setup, attack: str, seen: Sequence[Observation], found: Sequence[Reconstruction]) -> list[dict[str, Any]]:
-    """One row for each image or sentence that was attacked, of a sum for those of all in it, with the trivial baselines beside it."""
+    """One row for each image or sentence that was attacked, in a sum those of all its clients, with trivial baselines beside it."""
     rows_of = _sentence_rows if isinstance(setup.dataset, Corpus) else _rows
     return [row for one, made in zip(seen, found, strict=True) for row in rows_of(setup, attack, one, made)]
 

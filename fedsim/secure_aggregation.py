@@ -99,6 +99,10 @@ class Secure:
         """t of n = `clients`: more than the threshold's share, and never more than all."""
         return min(clients, int(self.threshold * clients) + 1)
 
+    def session(self, run: int, round: int) -> bytes:
+        """The name of a round of a run; of all runs the same with `seeded`, since keys are made with it."""
+        return session_of(0 if self.seeded else run, round)
+
     def encode(self, values: np.ndarray, weight: float) -> Codes:
         """`weight * values`, clipped, in fixed point modulo 2**bits; the weights of a round add up to 1 or less."""
         if not np.isfinite(values).all():

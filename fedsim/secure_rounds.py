@@ -53,7 +53,6 @@ from fedsim.secure_aggregation import (
     advertise,
     mask,
     reveal,
-    session_of,
     share,
     unmask,
 )
@@ -114,7 +113,7 @@ def answer_steps(app: ClientApp, config: Config) -> None:
     def _(message: Message, context: Context) -> Message:
         setup, client = setup_of(config), client_of(context)
         round = int(message.content.config_records[CONFIG]["server-round"])  # type: ignore[arg-type]
-        examples, session = len(setup.examples(round, client)), session_of(context.run_id, round)
+        examples, session = len(setup.examples(round, client)), _secure(setup).session(context.run_id, round)
         secrets, advert = advertise(client, examples, session, _entropy(setup, round, client))
         _keep(context, secrets)
         return Message(_sent(advert=advert.to_bytes()), reply_to=message)
@@ -135,12 +134,12 @@ def answer_steps(app: ClientApp, config: Config) -> None:
         return Message(_sent(shares=_table(reveal(secrets, answered, _threshold(setup_of(config))))), reply_to=message)
 
 
-def shares_in(message: Message, context: Context, round: int) -> dict[int, bytes]:
+def shares_in(message: Message, context: Context, setup: Setup, round: int) -> dict[int, bytes]:
     """The shares that other clients sent along with the broadcast. Raises Rejected where a server asks for an update without."""
     client = client_of(context)
     if SECURE not in message.content.array_records or SECURE not in context.state:
         raise Rejected(f"client {client} was asked for its update, and this run has aggregation=secure: it sends none unmasked")
-    if _kept(context).session != session_of(context.run_id, round):
+    if _kept(context).session != _secure(setup).session(context.run_id, round):
         raise Rejected(f"client {client} was asked for its vector of round {round}, and has advertised no keys for that round")
     return _entries(_bytes(message.content, "shares"), SEALED)
 
@@ -149,9 +148,7 @@ def masked_reply(
     context: Context, setup: Setup, shares: Mapping[int, bytes], packets: Packets, trained: Trained, broadcast: Mapping[str, Tensor]
 ) -> RecordDict:
     """The client's reply: `packets`, the change of its buffers since the `broadcast`, and its loss, under its masks."""
-    aggregation = setup.aggregation
-    assert isinstance(aggregation, Secure)
-    secrets = _kept(context)
+    aggregation, secrets = _secure(setup), _kept(context)
     examples = {one.client: one.examples for one in secrets.adverts}
     weight = examples[secrets.client] / sum(examples.values())
     moved = {name: t.double() - broadcast[name].double() for name, t in trained.buffers.items()}
@@ -166,14 +163,18 @@ def masked_reply(
     return masked_reply_of(aggregation.to_bytes(masked), about, examples[secrets.client], secrets.client)
 
 
+def _secure(setup: Setup) -> Secure:
+    if not isinstance(setup.aggregation, Secure):
+        raise Rejected("this run has no secure aggregation, and a client was asked to take part in one")
+    return setup.aggregation
+
+
 def _threshold(setup: Setup) -> int:
-    assert isinstance(setup.aggregation, Secure)
-    return setup.aggregation.needed(setup.protocol.per_round)
+    return _secure(setup).needed(setup.protocol.per_round)
 
 
 def _entropy(setup: Setup, round: int, client: int) -> Callable[[int], bytes]:
-    assert isinstance(setup.aggregation, Secure)
-    if not setup.aggregation.seeded:
+    if not _secure(setup).seeded:
         return os.urandom
     rng = generator(setup.seed, "masks", round, client)
     return lambda size: bytes(torch.randint(256, (size,), generator=rng).tolist())
@@ -240,7 +241,7 @@ class SecureStrategy(Forwarding):
         tensors = tensors_of(arrays)
         self._params = {name: t for name, t in tensors.items() if name not in self.buffers}
         self._buffers = {name: t for name, t in tensors.items() if name in self.buffers}
-        self._grid, self._round = grid, _Progress(session_of(self.run, server_round))
+        self._grid, self._round = grid, _Progress(self.aggregation.session(self.run, server_round))
         try:
             return self._shared(server_round, messages, self._round)
         except TooFew as why:
