@@ -349,18 +349,20 @@ def test_masked_updates_and_sums_have_lines_of_their_own_in_the_table(robbed):
     assert f"{name}: sum of 4" in text
 
 
-@pytest.mark.parametrize("attack", ["dlg", "cosine_lbfgs", "analytic", "strongest", "inverting_gradients"])
+SHORT = {"dlg": "attack.evaluations=20", "cosine_lbfgs": "attack.evaluations=20", "inverting_gradients": "attack.iterations=20"}
+
+
+@pytest.mark.parametrize("attack", [*SHORT, "analytic"])
 def test_every_attack_survives_a_masked_update_and_finds_nothing(attack):
-    settings = {"dlg": ["attack.evaluations=20"], "cosine_lbfgs": ["attack.evaluations=20"]}.get(attack, [])
-    settings = settings or {"inverting_gradients": ["attack.iterations=20"]}.get(attack, [])
-    made = compose([*SMALL, "aggregation=secure", "aggregation.seeded=true", "model=mlp_2nn", f"attack={attack}", *settings])
+    secure = ["aggregation=secure", "aggregation.seeded=true", "model=mlp_2nn"]
+    made = compose([*SMALL, *secure, f"attack={attack}", *([SHORT[attack]] if attack in SHORT else [])])
     seen = [one for one in federate(made, rounds=1).seen if one.masked]
     setup = setup_of(made)
     found = scoring.attacked(setup, attack_of(made), seen, torch.Generator().manual_seed(0), lambda done, total: None)
     rows = scoring.leaks(setup, attack, seen, found)
     assert len(rows) == 4
+    assert not any(row["converged"] for row in rows)
     assert all(row["psnr_db"] < 20 for row in rows)
-    assert all(row["verdict"] != "stolen" or not row["converged"] or row["mse"] >= row["mean_colour_mse"] for row in rows)
 
 
 # Telling --------------------------------------------------------------------------------------------------------------------------
