@@ -6,11 +6,13 @@ a relative squared gap of 1 is that of a reconstruction that explains nothing, 1
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedsim.defense import Belief, Beliefs, beliefs_of
 from fedsim.observation import Knowledge, Observation, Reconstruction
 from fedsim.training import batch_loss
 from fedsim.updates import Update
@@ -27,8 +29,34 @@ def size_of(seen: Observation, known: Knowledge) -> int:
 
 def gradient_of(seen: Observation, known: Knowledge) -> Update:
     """The update as a mean gradient: several local steps are taken for one, lr times their number long."""
-    scale = (known.lr or 1.0) * (known.local_steps or 1)
+    scale = step_length(known)
     return {name: t / scale for name, t in seen.update.items()}
+
+
+def step_length(known: Knowledge) -> float:
+    """What an update is in units of gradients: several local steps are taken for one, lr times their number long."""
+    return (known.lr or 1.0) * (known.local_steps or 1)
+
+
+def believed(seen: Observation, known: Knowledge, *, scale: float = 1.0) -> Beliefs:
+    """What an attacker who knows `known.defense` can say of the update, divided by `scale`."""
+    beliefs = beliefs_of(seen.packets, known.defense)
+    return {name: replace(b, value=b.value / scale, low=b.low / scale, high=b.high / scale) for name, b in beliefs.items()}
+
+
+def completed(candidate: Mapping[str, Tensor], beliefs: Mapping[str, Belief]) -> dict[str, Tensor]:
+    """The update that a candidate's is held against where beliefs stand in for an observed one. Differentiable.
+
+    An entry that is known stays what it is. One of which only bounds are known (weight 0) becomes the candidate's own, clamped to
+    them. One with both, such as a quantizer's cell and its centre, is sqrt(weight) of the distance from the value away, and beyond
+    the bounds as much again as from the nearer one: a squared gap weighs the centre by `weight`, and minds leaving the cell.
+    """
+    done = {}
+    for name, b in beliefs.items():
+        g, root = candidate[name], b.weight.sqrt()
+        beyond = torch.where(b.low < b.high, 1.0, 1 - root) * (g - g.clamp(b.low, b.high))
+        done[name] = g - root * (g - b.value) - beyond
+    return done
 
 
 def sent_entries(seen: Observation, name: str) -> Tensor | None:
