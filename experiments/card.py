@@ -11,8 +11,12 @@ from fedsim.data import Corpus
 from fedsim.defense import Guarantee, Private
 from fedsim.models import Bert, Stochastic
 from fedsim.protocols import FedAvg, FedSGD
+from fedsim.secure_aggregation import Secure
+from fedsim.seeding import generator
 from fedsim.setup import Setup
 from fedsim.tap import Tap
+from fedsim.training import split
+from fedsim.wire import pack
 
 GRADIENT_MATCHING_BATCH = 8  # Zhu et al. 2019 stop here; beyond it one gradient has too many explanations
 
@@ -38,8 +42,11 @@ def card(setup: Setup, tap: Tap, attack: str, defense: str) -> list[tuple[str, s
         ("weights", "seen: those broadcast each round"),
         (
             "update",
-            f"seen, as the defense ({defense}) left it: " + ("the gradient of one batch" if one_gradient else "weights moved"),
+            ("masked" if isinstance(setup.aggregation, Secure) else "seen")
+            + f", as the defense ({defense}) left it: "
+            + ("the gradient of one batch" if one_gradient else "weights moved"),
         ),
+        *([("sum", _sum(setup, setup.aggregation))] if isinstance(setup.aggregation, Secure) else []),
         ("labels", "not told"),
         ("other images", f"{len(setup.dataset.test)} test {_examples(setup)}, no client's, for attacks that use any: gias"),
         (
@@ -110,12 +117,16 @@ def obstacles(setup: Setup, attack: Any) -> list[tuple[str, str]]:
         found.append(("weak", f"local momentum {protocol.momentum:g}: later steps repeat earlier gradients; federation.momentum=0"))
     if one_gradient and isinstance(protocol, FedAvg) and protocol.weight_decay:
         found.append(("weak", "weight decay adds the weights to the gradient; federation.weight_decay=0"))
-    batch = min(protocol.batch_size, max(map(len, setup.shards)))
+    clients = _summed(setup)
+    batch = clients * min(protocol.batch_size, max(map(len, setup.shards)))
     if isinstance(attack, SpanCheck):
         found += _span_obstacles(setup, batch)
     elif batch > (SPEAR_BATCH if isinstance(attack, SPEAR) else 1):
         grade = "hopeless" if batch > GRADIENT_MATCHING_BATCH else "weak"
-        found.append((grade, f"batches of {batch} {_examples(setup)} share one gradient; federation.batch_size=1"))
+        what = f"sums of {clients} clients are" if clients > 1 else "batches of"
+        smaller = "federation.per_round=1" if clients > 1 else "federation.batch_size=1"
+        share = "that share" if clients > 1 else "share"
+        found.append((grade, f"{what} {batch} {_examples(setup)} {share} one gradient; {smaller}"))
     modules = list(setup.model().modules())
     if protocol.train_mode:
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in modules):
@@ -135,7 +146,7 @@ def obstacles(setup: Setup, attack: Any) -> list[tuple[str, str]]:
 def _crowded(setup: Setup, server: servers.Imprint) -> list[tuple[str, str]]:
     found = []
     steps, shard = _steps(setup), max(map(len, setup.shards))
-    images = min(shard, steps * setup.protocol.batch_size)
+    images = _summed(setup) * min(shard, steps * setup.protocol.batch_size)
     alone = (1 - 1 / server.bins) ** (images - 1)
     if alone < 0.5:
         found.append(
@@ -155,6 +166,26 @@ def _span_obstacles(setup: Setup, batch: int) -> list[tuple[str, str]]:
         return []
     grade = "hopeless" if tokens >= width - 1 else "weak"
     return [(grade, f"{tokens} tokens fill most of the {width} dimensions of their span; federation.batch_size=1, or model.width")]
+
+
+def _summed(setup: Setup) -> int:
+    """How many clients' updates are in what an attacker can read."""
+    return setup.protocol.per_round if isinstance(setup.aggregation, Secure) else 1
+
+
+def _sum(setup: Setup, secure: Secure) -> str:
+    """What the server gets of secure aggregation, and what becomes of the defense under it."""
+    clients = _summed(setup)
+    if clients == 1:
+        return "seen: of one client, whose update it is: nothing is hidden; federation.per_round=2 or more"
+    seen = f"seen: of {clients} clients, or at least {secure.needed(clients)}; also how many examples each has"
+    params, _ = split(setup.model())
+    sent, _ = setup.defense(pack(params), setup.defense.init(params), generator(0, "card"))
+    if any(packet.support is not None for packet in sent.values()):
+        return f"{seen}. Dense vectors travel, so sparsifying saves nothing, and what one client alone sends stands in it as it is"
+    if any(packet.grid is not None for packet in sent.values()):
+        return f"{seen}. {secure.bits} bits an entry travel, so quantizing saves nothing"
+    return seen
 
 
 def _examples(setup: Setup) -> str:

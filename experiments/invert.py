@@ -87,6 +87,8 @@ def read(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 def prepare(config: Config, path: Path | None, index: int | None, label: int | None) -> tuple[Setup, Tensor, Tensor]:
     """The setup of a configuration, and the victim: image (1, C, H, W) and label (1,), from a file or from the training images."""
+    if config["choices"].get("aggregation", "plain") != "plain":
+        raise ValueError("fedsim invert has one client, and aggregation=secure adds up several: leave it out, or take fedsim run")
     dataset = load(**config["data"], seed=config["seed"])
     if not isinstance(dataset, Dataset):
         raise ValueError(f"fedsim invert takes pictures, data={dataset.name} has none: leave data= out, or take data=cifar10")

@@ -24,6 +24,7 @@ from fedsim.data import check, image_shape
 from fedsim.federation import Checkpoint, Round
 from fedsim.observation import Observation
 from fedsim.run import RunFolder
+from fedsim.secure_rounds import check_averages
 from fedsim.seeding import generator
 from fedsim.setup import Setup, device_of, one_thread, setup_of
 from fedsim.tap import Tap
@@ -36,8 +37,8 @@ def check_config(config: Config) -> None:
     whole("rounds", config["rounds"])
     whole("seed", config["seed"], 0)
     device_of(config["device"])
-    for group in ("federation", "partition", "server", "defense", "inspect", "engine", "tap", "evaluate"):
-        if group in config:  # folders of earlier versions have no server and no inspect
+    for group in ("federation", "partition", "server", "defense", "inspect", "aggregation", "engine", "tap", "evaluate"):
+        if group in config:  # folders of earlier versions have no server, no inspect and no aggregation
             build_checked(group, config[group])
     attack = attack_of(config)
     check_reads(attack, config["choices"]["attack"], config)
@@ -46,7 +47,9 @@ def check_config(config: Config) -> None:
     needed, chosen = getattr(attack, "server", None), config["choices"].get("server", "honest")
     if needed not in (None, chosen):
         raise ConfigError(f"attack={config['choices']['attack']} reads what a malicious server plants: add server={needed}")
-    build_checked("strategy", config["strategy"])
+    strategy = build_checked("strategy", config["strategy"])
+    if config["choices"].get("aggregation", "plain") != "plain":
+        check_averages(strategy)
     data, clients = config["data"], config["federation"]["clients"]
     for size in ("train_size", "test_size"):
         if data.get(size) is not None:

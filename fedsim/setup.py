@@ -19,6 +19,7 @@ from fedsim.defense import Defense, Exposure, Private
 from fedsim.exposure import exposures
 from fedsim.inspection import Inspection
 from fedsim.protocols import Protocol
+from fedsim.secure_aggregation import Plain, Secure
 from fedsim.seeding import generator
 from fedsim.servers import Honest, Server
 
@@ -42,6 +43,7 @@ class Setup:
     defense   what clients do to an update before they send it
     server    who hands out the model: an honest server, or one that changes it
     inspection  what clients look for in it
+    aggregation  whether the server sees updates, or their sum
     """
 
     config: Config
@@ -53,6 +55,7 @@ class Setup:
     device: torch.device
     server: Server = Honest()
     inspection: Inspection = Inspection("off")
+    aggregation: Plain | Secure = Plain()
 
     def model(self) -> nn.Module:
         """A new model as the server first broadcasts it, on the run's device, in the mode clients train in."""
@@ -77,10 +80,14 @@ class Setup:
         """How often `rounds` rounds use the data of the most exposed clients."""
         return exposures(self.protocol, [len(shard) for shard in self.shards], self.seed, rounds)
 
-    def truth(self, round: int, client: int) -> tuple[Tensor, Tensor]:
-        """The images and labels that `client` computed its update of `round` from, each once, in the order of first use."""
+    def examples(self, round: int, client: int) -> Tensor:
+        """Places in the training set that `client` computed its update of `round` from, each once, in the order of first use."""
         index = torch.cat(self.protocol.batches(self.shards[client], self.seed, round, client))
-        return self.batch(torch.tensor(list(dict.fromkeys(index.tolist()))))
+        return torch.tensor(list(dict.fromkeys(index.tolist())))
+
+    def truth(self, round: int, *clients: int) -> tuple[Tensor, Tensor]:
+        """The images and labels that `clients` computed their updates of `round` from, one client's behind the other's."""
+        return self.batch(torch.cat([self.examples(round, client) for client in clients]))
 
 
 def planned(defense: Defense, exposures: Sequence[Exposure]) -> Defense:
@@ -125,9 +132,10 @@ def _setup_of(text: str) -> Setup:
         protocol,
         defense,
         device_of(config.get("device", "auto")),
-        # Folders of earlier versions have neither.
+        # Folders of earlier versions have none of these.
         build(config["server"]) if "server" in config else Honest(),
         build(config["inspect"]) if "inspect" in config else Inspection("off"),
+        build(config["aggregation"]) if "aggregation" in config else Plain(),
     )
 
 
