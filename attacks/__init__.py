@@ -1,5 +1,6 @@
 """Attacks: what an eavesdropper can make of the updates it sees. Choose a preset, or put one together from the parts."""
 
+from attacks.adaptive import Rehearsed, adapted
 from attacks.analytic import Analytic
 from attacks.escalation import Escalation, Where
 from attacks.evidence import Unsupported, relative_gap
@@ -50,6 +51,7 @@ __all__ = [
     "Imprint",
     "OutOfRange",
     "PrincipalComponents",
+    "Rehearsed",
     "SpanCheck",
     "SquaredAndAbsoluteGap",
     "SquaredGap",
@@ -59,6 +61,7 @@ __all__ = [
     "TotalVariation",
     "Unsupported",
     "Where",
+    "adapted",
     "analytic_labels",
     "cosine_adam",
     "cosine_lbfgs",

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from attacks import metrics
 from attacks.evidence import size_of
+from attacks.generative import GenerativePrior
+from attacks.hidden_noise import hidden_noises
 from attacks.matching import GradientMatching, Plan, Problems
 from attacks.optimizers import Stop
 from attacks.terms import TotalVariation
-from fedsim.defense import Defense
+from fedsim.defense import Defense, hooks_of
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction
 from fedsim.seeding import generator
 from fedsim.training import local_update
@@ -117,17 +119,19 @@ class Rehearsed:
         """What a client with these images would have sent in the place of a victim."""
         assert isinstance(known.defense, Defense)
         plan = Plan.of(one, known, True)
-        batches = [(x[places], y[places]) for places in (torch.tensor(step) % plan.images for step in plan.steps)]
-        trained = local_update(
-            model,
-            one.params,
-            one.buffers,
-            batches,
-            lr=known.lr or 1.0,
-            momentum=known.momentum,
-            weight_decay=known.weight_decay,
-            proximal=known.proximal,
-        )
+        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            torch.manual_seed(seed + number)  # for models that draw
+            trained = local_update(
+                model,
+                one.params,
+                one.buffers,
+                [(x[places], y[places]) for places in (torch.tensor(step) % plan.images for step in plan.steps)],
+                lr=known.lr or 1.0,
+                momentum=known.momentum,
+                weight_decay=known.weight_decay,
+                proximal=known.proximal,
+                hooks=hooks_of(known.defense, known.num_classes, seed, one.round, number),
+            )
         packets, _ = known.defense(
             pack(trained.update), known.defense.init(trained.update), generator(seed, "rehearsal", "defense", number)
         )
@@ -141,6 +145,8 @@ class Rehearsed:
         model: nn.Module,
         attack: GradientMatching,
     ) -> float:
+        if attack.noises(model):  # what the clients drew is part of the truth, and not among what is told here
+            return 0.0
         plan = Plan.of(played[0], known, attack.imitate)
         group = Problems.of(played, plan, known, model, attack)
         group.labels = torch.stack([y for _, y in truth]).repeat(1, plan.copies)
@@ -149,20 +155,25 @@ class Rehearsed:
         return float((torch.cat(gaps) / group.unit).max())
 
 
-def adapted(attack: Attack, evaluations: int | None = None) -> Attack:
-    """What somebody who means to use `attack`, and comes to know of a defense, does instead.
+def adapted(attack: Attack, model: nn.Module) -> Attack | None:
+    """What somebody who means to use `attack`, and comes to know of the clients' defense, does instead; None if nothing else.
 
     Gradient matching is rehearsed with total variation of several weights, and does not stop at a small gap, which a defense may
-    leave at other images too. An attack of another kind is used as it is, with `known.defense`.
+    leave at other images too. Where the model draws at random, leaving out what stands behind the draw and looking for the draw
+    are rehearsed as well. A search among a generator's images knows the defense by `known.defense` alone.
     """
-    if not isinstance(attack, GradientMatching):
+    if isinstance(attack, GenerativePrior):
         return attack
+    if not isinstance(attack, GradientMatching):
+        return None
     others = tuple(prior for prior in attack.priors if not isinstance(prior, TotalVariation))
-    optimizer = attack.optimizer
-    if evaluations is not None:
-        optimizer = replace(optimizer, evaluations=evaluations)
-    variants = {
-        f"tv={weight:g}": replace(attack, priors=(*others, TotalVariation(weight)), stop=Stop(), optimizer=optimizer)
-        for weight in WEIGHTS
-    }
-    return Rehearsed(variants)
+    ways: dict[str, GradientMatching] = {"": attack}
+    if hidden_noises(model):
+        ways = {"before_noise ": replace(attack, matched="before_noise"), "sought ": replace(attack, noise="sought")}
+    return Rehearsed(
+        {
+            f"{way}tv={weight:g}": replace(changed, priors=(*others, TotalVariation(weight)), stop=Stop())
+            for way, changed in ways.items()
+            for weight in WEIGHTS
+        }
+    )

@@ -27,6 +27,11 @@ LOOKS = {
 }
 GUESS = 0.1  # success of an attacker who sees nothing, for which the bound on reconstruction is told
 LONELY = "none: the defense mixes the images of a batch, and a batch has one; federation.batch_size=4"
+TOLD = {
+    "naive": "not told",
+    "adaptive": "told, and rehearsed on public images: what is called _adaptive in tables",
+    "both": "not told; and once more, called _adaptive in tables, told and rehearsed on public images",
+}
 SPEAR_BATCH = 16  # what it recovers within seconds on 200 hidden units
 SPAN_BATCH = 4  # what `SpanCheck` was seen to put together
 
@@ -39,6 +44,7 @@ def card(setup: Setup, tap: Tap, attack: str, defense: str) -> list[tuple[str, s
     one_gradient = isinstance(protocol, FedSGD)
     return [
         ("attacker", _attacker(setup)),
+        ("the defense", TOLD[setup.config.get("attacker", "naive")]),
         ("weights", "seen: those broadcast each round"),
         (
             "update",
@@ -91,8 +97,8 @@ def _proved(setup: Setup, batch_norm: bool) -> list[tuple[str, str]]:
 
 def _attacker(setup: Setup) -> str:
     if setup.server.changes:
-        return f"malicious: changes the model: {setup.server.changes}; is not told the defense"
-    return "honest but curious: reads the wire, changes nothing, is not told the defense"
+        return f"malicious: changes the model: {setup.server.changes}"
+    return "honest but curious: reads the wire, changes nothing"
 
 
 def obstacles(setup: Setup, attack: Any) -> list[tuple[str, str]]:

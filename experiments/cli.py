@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
 
     attack = _command(commands, "attack", _attack, "attack again what a run captured")
     attack.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
-    attack.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="attack=NAME and its settings, such as attack.restarts=3")
+    attack.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="attack=NAME and its settings, such as attack.restarts=3; attacker=NAME"
+    )
 
     plot = _command(commands, "plot", _plot, "draw the figures of one run, or compare several")
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
@@ -210,9 +212,10 @@ def _attack(arguments: argparse.Namespace) -> int:
 
     overrides = arguments.overrides
     for override in overrides:
-        if override.split("=", 1)[0].split(".", 1)[0] != "attack":
+        if override.split("=", 1)[0].split(".", 1)[0] not in ("attack", "attacker"):
             raise ValueError(
-                f"{override!r} is not a setting of an attack; the rest is as the run was made: attack=NAME attack.KEY=VALUE"
+                f"{override!r} is not a setting of an attack; the rest is as the run was made: "
+                "attack=NAME attack.KEY=VALUE attacker=WHO"
             )
     config = compose(overrides)
     if not config["attack"]:
@@ -224,7 +227,7 @@ def _attack(arguments: argparse.Namespace) -> int:
 
     folders = iterate([arguments.run])
     for folder in folders:
-        runner.attack_again(folder, attack, config["choices"]["attack"])
+        runner.attack_again(folder, attack, config["choices"]["attack"], config["attacker"])
     return _finish(folders, arguments.run / "figures")
 
 

@@ -27,7 +27,7 @@ from experiments.card import GUESS
 from experiments.config import contender
 from experiments.pictures import draw_trace
 from experiments.progress import size
-from experiments.scoring import STOLEN_MSE, STOLEN_TOKENS
+from experiments.scoring import ADAPTIVE, STOLEN_MSE, STOLEN_TOKENS
 from fedsim.files import write_bytes
 from fedsim.observation import SUM
 from fedsim.run import RunFolder
@@ -101,10 +101,11 @@ def summary(folders: Sequence[RunFolder]) -> Table:
     """What each defense costs and what it stops, with n and 95 % Wilson intervals."""
     rounds, leaks = tables(folders)
     attacks = list(leaks["attack"].unique()) if len(leaks) else ["none"]
-    who = f", by {attacks[0]}" if len(attacks) == 1 else ""
+    methods = list(dict.fromkeys(attack.removesuffix(ADAPTIVE) for attack in attacks))
+    who = f", by {methods[0]}" if len(methods) == 1 else ""
     text = of_text(folders)
     bar = f"{STOLEN_TOKENS:.0%} of a sentence's words in place" if text else f"MSE < {STOLEN_MSE} on pixels in [0, 1]"
-    title = f"stolen: {bar}{who}, which does not know the defense"
+    title = f"stolen: {bar}{who}; adaptive: by an attacker who knows the defense, else by one who does not"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("defense")
     scores = (
@@ -123,9 +124,12 @@ def summary(folders: Sequence[RunFolder]) -> Table:
         cells = [f"{final.mean():.1%}" if len(final) else "", size(sent), f"{share:.1%}", *(_proof(of) if proofs else [])]
         here = leaks[leaks["run"].isin(of["run"])] if len(leaks) else leaks
         for label in _in_order(here["defense"]) if len(here) else [defense]:
-            for attack in attacks:
-                name = label if len(attacks) == 1 else f"{label}, {attack}"
-                victims = here[(here["defense"] == label) & (here["attack"] == attack)] if len(here) else here
+            mine = here[here["defense"] == label] if len(here) else here
+            for attack in _in_order(mine["attack"]) if len(mine) else [attacks[0]]:
+                method = attack.removesuffix(ADAPTIVE)
+                name = label if len(methods) == 1 else f"{label}, {method}"
+                name += ", adaptive" if attack != method else ""
+                victims = mine[mine["attack"] == attack] if len(mine) else mine
                 table.add_row(name, *cells, *(_text_cells(victims) if text else _leak_cells(victims)))
     table.caption, table.caption_justify = _found(folders), "left"
     blank = [""] * len(proofs)

@@ -14,28 +14,34 @@ from typing import Any
 
 import torch
 
+from attacks import adapted
+from attacks.hidden_noise import hidden_noises
 from experiments import scoring
 from experiments.card import GUESS, card, guarantee_of, obstacles
 from experiments.config import Config, ConfigError, build_checked, contender, label
 from experiments.progress import Progress, console
 from fedsim import federation
 from fedsim.accounting import reconstruction_bound
-from fedsim.data import check, image_shape
+from fedsim.data import Corpus, check, image_shape
 from fedsim.federation import Checkpoint, Round
 from fedsim.observation import Observation
 from fedsim.run import RunFolder
+from fedsim.secure_aggregation import Secure
 from fedsim.secure_rounds import check_averages
 from fedsim.seeding import generator
 from fedsim.setup import Setup, device_of, one_thread, setup_of
 from fedsim.tap import Tap
 
+ATTACKERS = ("naive", "adaptive", "both")
+
 
 def check_config(config: Config) -> None:
     """Raises ConfigError or ValueError for anything in `config` that cannot be run, before anything slow is started."""
-    from fedsim.checks import whole
+    from fedsim.checks import one_of, whole
 
     whole("rounds", config["rounds"])
     whole("seed", config["seed"], 0)
+    one_of("attacker", config.get("attacker", "naive"), ATTACKERS)
     device_of(config["device"])
     for group in ("federation", "partition", "server", "defense", "inspect", "aggregation", "engine", "tap", "evaluate"):
         if group in config:  # folders of earlier versions have no server, no inspect and no aggregation
@@ -78,6 +84,34 @@ def attack_of(config: Config) -> Any:
     return build_checked("attack", config["attack"]) if config["attack"] else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Attacker:
+    """Who attacks: the attack, its name in tables, and whether it knows the defense."""
+
+    name: str
+    attack: Any
+    adaptive: bool = False
+
+
+def attackers(setup: Setup, attack: Any, name: str, who: str) -> list[Attacker]:
+    """The attackers of a run: `who` is naive, adaptive or both. One who knows that there is no defense does nothing else."""
+    naive = Attacker(name, attack)
+    defended = setup.config["choices"]["defense"] != "none" or bool(hidden_noises(setup.model()))
+    if who == "naive" or not defended or isinstance(setup.aggregation, Secure) or isinstance(setup.dataset, Corpus):
+        return [naive]
+    other = adapted(attack, setup.model())
+    if other is None:
+        return [naive]
+    knowing = Attacker(name + scoring.ADAPTIVE, other, adaptive=True)
+    return [knowing] if who == "adaptive" else [naive, knowing]
+
+
+def _attackers(setup: Setup, config: Config) -> list[Attacker]:
+    attack = attack_of(config)
+    # Folders of earlier versions name no attacker.
+    return [] if attack is None else attackers(setup, attack, config["choices"]["attack"], config.get("attacker", "naive"))
+
+
 def start(config: Config, path: Path, command: str) -> RunFolder:
     """Runs `config` in a new folder at `path`."""
     one_thread()
@@ -103,31 +137,33 @@ def resume(folder: RunFolder) -> RunFolder:
 def finished(folder: RunFolder) -> bool:
     """Whether all rounds of a run are done, and all its attacks."""
     checkpoint = folder.checkpoint()
-    return checkpoint is not None and checkpoint.round >= folder.config["rounds"] and not _unattacked(folder)
+    if checkpoint is None or checkpoint.round < folder.config["rounds"]:
+        return False
+    setup = setup_of(folder.config)
+    return not any(_unattacked(folder, one) for one in _attackers(setup, folder.config))
 
 
-def _unattacked(folder: RunFolder) -> list[int]:
-    """Observed rounds that the run's own attack has not been to yet."""
-    config = folder.config
-    if not config["attack"] or config["tap"]["when"] == "later":
+def _unattacked(folder: RunFolder, attacker: Attacker) -> list[int]:
+    """Observed rounds that one of the run's own attackers has not been to yet."""
+    if folder.config["tap"]["when"] == "later":
         return []
     leaks = folder.leaks()
-    done = set(leaks.loc[leaks["attack"] == config["choices"]["attack"], "round"]) if len(leaks) else set()
+    done = set(leaks.loc[leaks["attack"] == attacker.name, "round"]) if len(leaks) else set()
     return [round for round in folder.observed_rounds() if round not in done]
 
 
 def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
     config = folder.config
     tap: Tap = build_checked("tap", config["tap"])
-    attack, name = attack_of(config), config["choices"]["attack"]
+    mine = _attackers(setup, config)
     show_card(setup, config)
     done = 0 if checkpoint is None else checkpoint.round
     with _logged(folder.path / "log.txt"), Progress(config["rounds"], done) as progress:
 
         def listen(seen: list[Observation]) -> None:
             folder.save_observations(seen)
-            if tap.when == "live" and attack is not None:
-                progress.leaks(_attack(setup, folder, attack, name, seen, progress))
+            for attacker in mine if tap.when == "live" else ():
+                progress.leaks(_attack(setup, folder, attacker, seen, progress))
 
         def after(report: Round, state: Checkpoint) -> None:
             folder.add("rounds", [dataclasses.asdict(report) | spent(setup, report.round)])
@@ -146,13 +182,14 @@ def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
                 evaluation=build_checked("evaluate", config["evaluate"]),
                 memory=folder.path / "clients",
             )
-        if attack is not None and (rounds := _unattacked(folder)):
-            seen = [one for round in rounds for one in folder.observations(round)]
-            progress.leaks(_attack(setup, folder, attack, name, seen, progress))
+        for attacker in mine:
+            if rounds := _unattacked(folder, attacker):
+                seen = [one for round in rounds for one in folder.observations(round)]
+                progress.leaks(_attack(setup, folder, attacker, seen, progress))
     console.print(f"  {progress.leak()}; {folder.path}")
 
 
-def attack_again(folder: RunFolder, attack: Any, name: str) -> None:
+def attack_again(folder: RunFolder, attack: Any, name: str, who: str = "naive") -> None:
     """Attacks everything a run has captured, as one program, and adds what leaked to its table."""
     check_reads(attack, name, folder.config)
     one_thread()
@@ -161,14 +198,16 @@ def attack_again(folder: RunFolder, attack: Any, name: str) -> None:
     if not seen:
         raise ValueError(f"{folder.path} has captured nothing to attack: run it with tap.every=5 or tap.rounds=[1]")
     with _logged(folder.path / "log.txt"), Progress(folder.config["rounds"]) as progress:
-        progress.leaks(_attack(setup, folder, attack, name, seen, progress))
+        for attacker in attackers(setup, attack, name, who):
+            progress.leaks(_attack(setup, folder, attacker, seen, progress))
     console.print(f"  {name}: {progress.leak()}; {folder.path}")
 
 
-def _attack(setup: Setup, folder: RunFolder, attack: Any, name: str, seen: Sequence[Observation], progress: Progress) -> list[str]:
-    began = time.perf_counter()
-    found = scoring.attacked(setup, attack, seen, generator(setup.seed, "attack"), progress.attacking)
-    rows = scoring.leaks(setup, name, seen, found)
+def _attack(setup: Setup, folder: RunFolder, attacker: Attacker, seen: Sequence[Observation], progress: Progress) -> list[str]:
+    name, began = attacker.name, time.perf_counter()
+    chance = generator(setup.seed, "attack")
+    found = scoring.attacked(setup, attacker.attack, seen, chance, progress.attacking, adaptive=attacker.adaptive)
+    rows = scoring.leaks(setup, name, seen, found, adaptive=attacker.adaptive)
     for round in sorted({one.round for one in seen}):
         pairs = [(one, made) for one, made in zip(seen, found, strict=True) if one.round == round]
         folder.save_reconstructions(name, [one for one, _ in pairs], [made for _, made in pairs])

@@ -21,6 +21,7 @@ from fedsim.setup import Setup, model_of
 from fedsim.updates import Update, relative_error
 
 STOLEN_MSE = metrics.BARS["MSE < 0.03"].level
+ADAPTIVE = "_adaptive"  # ends the name of an attack by somebody who knows the defense
 STOLEN_TOKENS = 0.8  # share of a sentence's words in their places; the usual word at each place is right for 0.07 of them
 
 
@@ -59,10 +60,16 @@ def knowledge(setup: Setup, num_examples: int, clients: int = 1) -> Knowledge:
     )
 
 
-def leaks(setup: Setup, attack: str, seen: Sequence[Observation], found: Sequence[Reconstruction]) -> list[dict[str, Any]]:
-    """One row for each image or sentence that was attacked, in a sum those of all its clients, with trivial baselines beside it."""
+def leaks(
+    setup: Setup, attack: str, seen: Sequence[Observation], found: Sequence[Reconstruction], *, adaptive: bool = False
+) -> list[dict[str, Any]]:
+    """One row for each image or sentence that was attacked, in a sum those of all its clients, with trivial baselines beside it.
+
+    adaptive  whether the attacker knew the defense
+    """
     rows_of = _sentence_rows if isinstance(setup.dataset, Corpus) else _rows
-    return [row for one, made in zip(seen, found, strict=True) for row in rows_of(setup, attack, one, made)]
+    rows = [row for one, made in zip(seen, found, strict=True) for row in rows_of(setup, attack, one, made)]
+    return [row | {"attacker": "adaptive" if adaptive else "naive"} for row in rows]
 
 
 def verdict(passed: bool, converged: bool) -> str:
@@ -127,7 +134,7 @@ def _sentence_rows(setup: Setup, attack: str, seen: Observation, made: Reconstru
                 "attack": attack,
                 "server": setup.server.name,
                 "found_by": made.attack or attack,
-                "attacker": "naive",  # it does not know the defense
+                "attacker": "",  # `leaks` knows it; the column stands here
                 "seen": sight(seen),
                 "round": seen.round,
                 "client": seen.client,
@@ -162,7 +169,7 @@ def _rows(setup: Setup, attack: str, seen: Observation, made: Reconstruction) ->
             "attack": attack,
             "server": setup.server.name,
             "found_by": made.attack or attack,  # of an escalation, the attack that did it
-            "attacker": "naive",  # it does not know the defense
+            "attacker": "",  # `leaks` knows it; the column stands here
             "seen": sight(seen),
             "round": seen.round,
             "client": seen.client,
@@ -235,13 +242,23 @@ def _matched(images: torch.Tensor, truth: torch.Tensor, certain: torch.Tensor | 
 
 
 def attacked(
-    setup: Setup, attack: Any, seen: Sequence[Observation], rng: torch.Generator, report: Callable[[int, int], None]
+    setup: Setup,
+    attack: Any,
+    seen: Sequence[Observation],
+    rng: torch.Generator,
+    report: Callable[[int, int], None],
+    *,
+    adaptive: bool = False,
 ) -> list[Reconstruction]:
-    """What `attack` makes of what was seen, on the run's device; `report(finished, total)` is called as victims finish."""
+    """What `attack` makes of what was seen, on the run's device; `report(finished, total)` is called as victims finish.
+
+    adaptive  whether it is told the defense
+    """
     model, state = setup.model(), rng.get_state()
     told: dict[Knowledge, list[int]] = defaultdict(list)
     for i, one in enumerate(seen):
-        told[knowledge(setup, one.num_examples, len(one.clients))].append(i)
+        known = knowledge(setup, one.num_examples, len(one.clients))
+        told[replace(known, defense=setup.defense) if adaptive else known].append(i)
     found: dict[int, Reconstruction] = {}
     for known, members in told.items():
         before = len(found)
