@@ -76,6 +76,12 @@ def test_the_result_depends_neither_on_the_masks_nor_on_the_number_of_workers():
         assert same == [not a.masked for a in one.seen]
 
 
+def test_a_masked_run_that_goes_on_from_a_checkpoint_ends_as_one_that_never_stopped():
+    made = config(strategy={"_target_": FLOWER + "FedAdam"}, federation=FEDAVG, aggregation=SECURE)
+    whole = federate(made, rounds=4)
+    assert_same(federate(made, rounds=4, start=whole.checkpoints[2]).weights, whole.weights)
+
+
 def test_seeded_masks_are_the_same_each_time():
     one, again = (federate(config(aggregation=SEEDED), Inline(n)).seen for n in (1, 2))
     assert any(a.masked for a in one)
