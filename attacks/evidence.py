@@ -6,7 +6,6 @@ a relative squared gap of 1 is that of a reconstruction that explains nothing, 1
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +38,20 @@ def step_length(known: Knowledge) -> float:
 
 
 def believed(seen: Observation, known: Knowledge, *, scale: float = 1.0) -> Beliefs:
-    """What an attacker who knows `known.defense` can say of the update, divided by `scale`."""
+    """What an attacker who knows `known.defense` can say of the update, divided by `scale`.
+
+    The weight of an entry that was sent is here how far its value can be trusted beside the others': one on a coarse lattice less.
+    """
     beliefs = beliefs_of(seen.packets, known.defense)
-    return {name: replace(b, value=b.value / scale, low=b.low / scale, high=b.high / scale) for name, b in beliefs.items()}
+    widths = {name: (b.high - b.low).nan_to_num(posinf=0.0) * seen.packets[name].sent() for name, b in beliefs.items()}
+    squares = sum(float(w.square().sum(dtype=torch.float64)) for w in widths.values())
+    typical = squares / max(1, sum(int((w > 0).sum()) for w in widths.values()))
+    told = {}
+    for name, b in beliefs.items():
+        sent = seen.packets[name].sent()
+        trust = typical / (typical + widths[name].square()) if typical else torch.ones_like(b.weight)
+        told[name] = Belief(b.value / scale, b.low / scale, b.high / scale, torch.where(sent, trust, b.weight))
+    return told
 
 
 def completed(candidate: Mapping[str, Tensor], beliefs: Mapping[str, Belief]) -> dict[str, Tensor]:
@@ -62,11 +72,7 @@ def completed(candidate: Mapping[str, Tensor], beliefs: Mapping[str, Belief]) ->
 def sent_entries(seen: Observation, name: str) -> Tensor | None:
     """Which entries of a tensor were sent, bool in its shape; None if all of them were."""
     packet = seen.packets[name]
-    if packet.support is None:
-        return None
-    mask = torch.zeros(packet.shape, dtype=torch.bool, device=packet.values.device)
-    mask.view(-1)[packet.support.long()] = True
-    return mask
+    return None if packet.support is None or packet.rank is not None else packet.sent()
 
 
 def relative_gap(seen: Observation, known: Knowledge, model: nn.Module, images: Tensor, labels: Tensor) -> float:

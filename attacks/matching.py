@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,14 @@ from torch.func import functional_call, vmap
 from attacks.batching import alike, streams
 from attacks.evidence import believed, completed, gradient_of, size_of, step_length
 from attacks.factored import gradients_of
+from attacks.hidden_noise import as_buffers, hidden_noises, in_front_of_noise, sampled
 from attacks.labels import analytic_labels
 from attacks.lanes import WIDTH, innermost, lanes, library
 from attacks.metrics import match
 from attacks.optimizers import LBFGS, Minima, Optimizer, Stop, minimise
 from attacks.terms import Candidates, Gap, Gradients, Observed, Prior, SquaredGap, distance
 from fedsim.defense import Belief, Explained
+from fedsim.models import Stochastic
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction, Trace
 from fedsim.seeding import generator
 from fedsim.training import batch_loss, local_update, stacked_loss
@@ -73,6 +75,10 @@ class GradientMatching:
                  registration); the starts then run side by side, all of them, to the end of the budget
     update       "joint": all images of a batch move at once; "round_robin": one at a time, for `turn` evaluations each (Zhu et
                  al. 2019 for batches); for LBFGS
+    penalty      whether the penalty that a model adds to its loss is known to be part of the clients'
+    noise        "drawn": a model that draws at random draws anew at each evaluation; "sought": what its bottlenecks drew is an
+                 unknown beside the images, in a search that begins at a draw of the attacker's own
+    matched      "all" gradients, or those "before_noise": of the layers in front of where a model first draws
     box          clamp images to [0, 1] after every step; not for LBFGS
     tolerance    largest gap / unit at which a reconstruction `converged`. On CIFAR-10 and DLG's LeNet a squared gap of 1e-3,
                  1e-4, 1e-5, 1e-6, 1e-7 units comes with a median MSE of 0.053, 0.024, 0.009, 0.002, 0.0005
@@ -96,6 +102,9 @@ class GradientMatching:
     consistency: float = 0.0
     update: Literal["joint", "round_robin"] = "joint"
     turn: int = 20
+    penalty: bool = True
+    noise: Literal["drawn", "sought"] = "drawn"
+    matched: Literal["all", "before_noise"] = "all"
     box: bool = False
     tolerance: float = 1e-5
     stop: Stop = Stop(threshold=1e-6)
@@ -108,6 +117,8 @@ class GradientMatching:
         for name, choices in {
             "labels": ("joint", "analytic", "given"),
             "update": ("joint", "round_robin"),
+            "noise": ("drawn", "sought"),
+            "matched": ("all", "before_noise"),
             "dtype": ("float32", "float64"),
             "init": ("normal", "uniform", "grey", "mean_image", "tiles"),
         }.items():
@@ -149,7 +160,13 @@ class GradientMatching:
         given = None if isinstance(self.init, str) else self.init(seen, known, model, rng)
         plans = [Plan.of(one, known, self.imitate) for one in seen]
         starts = [
-            self._starts(plan, known, chance, given[i] if given else None)
+            torch.cat(
+                [
+                    self._starts(plan, known, chance, given[i] if given else None),
+                    sampled(self.noises(model), self.restarts, plan.copies * plan.images, chance),
+                ],
+                1,
+            )
             for i, (plan, chance) in enumerate(zip(plans, streams(seen, seed, "start"), strict=True))
         ]
         results: dict[int, Reconstruction] = {}
@@ -200,6 +217,10 @@ class GradientMatching:
         if given is not None:
             logits = logits + 3 * nn.functional.one_hot(given.labels.cpu(), k).repeat(plan.copies, 1)
         return torch.cat([images, logits.flatten(1)], 1)
+
+    def noises(self, model: nn.Module) -> dict[str, Stochastic]:
+        """The modules whose noise is sought."""
+        return hidden_noises(model) if self.noise == "sought" else {}
 
     def labels_of(self, one: Observation, index: int, plan: "Plan", known: Knowledge, model: nn.Module) -> Tensor:
         """(n,) the labels of a victim's images."""
@@ -336,7 +357,7 @@ class Problems:
     target: dict[str, Tensor]
     image_shape: tuple[int, ...]  # (C, H, W)
     num_classes: int
-    training: dict[str, float]
+    training: dict[str, Any]
     beliefs: dict[str, Belief] | None = None
     labels: Tensor | None = None  # (V, copies * n), or None when they are optimised too
     stopped: threading.Event | None = None  # set when nobody waits for the result any more
@@ -370,11 +391,18 @@ class Problems:
         elif known.lr is None and steps > 1 and not attack.gap.scale_free:
             raise ValueError(f"{attack.gap} needs known.lr to compare an update of {steps} local steps; or use CosineGap()")
         dtype = getattr(torch, attack.dtype)
+        if len(plan.steps) > 1 and attack.noises(model):
+            raise ValueError('noise="sought" needs federation=fedsgd or imitate=False: each local step draws noise of its own')
+        first = seen[0]
+        matched = list(first.packets)
+        if attack.matched == "before_noise":
+            matched = in_front_of_noise(model, first.params, first.buffers, known.image_shape)
 
         def stack(dicts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
             stacked = {name: torch.stack([one[name] for one in dicts]) for name in dicts[0]}
             return {name: t.to(dtype) if t.is_floating_point() else t for name, t in stacked.items()}
 
+        target = stack([one.update if len(plan.steps) > 1 else gradient_of(one, known) for one in seen])
         beliefs = None
         if isinstance(known.defense, Explained):
             scale = 1.0 if len(plan.steps) > 1 else step_length(known)
@@ -389,8 +417,8 @@ class Problems:
             model=model,
             params=stack([one.params for one in seen]),
             buffers=stack([one.buffers for one in seen]),
-            target=stack([one.update if len(plan.steps) > 1 else gradient_of(one, known) for one in seen]),
-            beliefs=beliefs,
+            target={name: target[name] for name in matched},
+            beliefs=None if beliefs is None else {name: beliefs[name] for name in matched},
             image_shape=known.image_shape,
             num_classes=known.num_classes,
             training=training,
@@ -468,13 +496,20 @@ class Problems:
         parts = [eye.repeat_interleave(self.pixels // self.count, 1)]
         if self.labels is None:
             parts.append(eye.repeat_interleave(self.num_classes, 1))
+        parts += [eye.repeat_interleave(math.prod(m.noise_shape), 1) for m in self.attack.noises(self.model).values()]
         return torch.cat(parts, 1)
 
     def probabilities(self, points: Tensor, problems: Tensor) -> Tensor:
         """(P, copies * n, K) label probabilities: of the points, or those known beforehand."""
         if self.labels is not None:
             return nn.functional.one_hot(self.labels[problems], self.num_classes).to(points.dtype)
-        return points[:, self.pixels :].reshape(len(points), self.count, self.num_classes).softmax(-1)
+        logits = points[:, self.pixels : self.pixels + self.count * self.num_classes]
+        return logits.reshape(len(points), self.count, self.num_classes).softmax(-1)
+
+    def noises(self, points: Tensor) -> dict[str, Tensor]:
+        """What modules drew, as the points have it: buffers (P, copies * n, ...)."""
+        end = self.pixels + (self.count * self.num_classes if self.labels is None else 0)
+        return as_buffers(self.attack.noises(self.model), points[:, end:], self.count)
 
     def hard_labels(self, points: Tensor, problem: int) -> Tensor:
         """(P, n) int64."""
@@ -537,10 +572,11 @@ class Problems:
             problems = torch.cat([problems, problems[-1:].expand(missing)])
         params, buffers, target = self._gather(problems)
         images, labels = self.images(points), self.probabilities(points, problems)
+        buffers = {**buffers, **self.noises(points)}
         if len(points) == 1 and len(self.plan.steps) == 1 and self._possible is None:
 
             def loss(leaves: Mapping[str, Tensor]) -> Tensor:
-                return batch_loss(self.model, leaves, own, images[0], labels[0])
+                return batch_loss(self.model, leaves, own, images[0], labels[0], penalty=self.attack.penalty)
 
             own = {n: t[0].clone() for n, t in buffers.items()}  # BatchNorm in training mode writes to them
             found = gradients_of(loss, {n: t[0] for n, t in params.items()})
@@ -555,7 +591,7 @@ class Problems:
                 buffers,
                 ((images[:, step], labels[:, step]) for step in steps),
                 **self.training,
-                loss_of_batch=stacked_loss,
+                loss_of_batch=partial(stacked_loss, penalty=self.attack.penalty),
                 differentiable=True,
             )
         return trained.update, target if self._possible is None else completed(trained.update, self._possible)

@@ -163,6 +163,41 @@ def gradinversion(
     )
 
 
+def precode_naive(
+    restarts: int = 1, iterations: int = 7000, rate: float = 0.01, tv: float = 1e-6, told: bool = False, record: int = 0
+) -> GradientMatching:
+    """The attack that PRECODE was tested with (Scheliga et al. 2022): Inverting Gradients by somebody who does not know of it.
+
+    Threat model: as `inverting_gradients`; the paper's attacker is `told` the labels. Draws the bottleneck's noise anew at each
+    evaluation, and does not know that the clients' loss holds a penalty: what it cannot steal says nothing about who knows
+    (`precode_ignore`, `precode_aware`).
+    """
+    return replace(inverting_gradients(restarts, iterations, rate, tv, told, record), penalty=False)
+
+
+def precode_ignore(
+    restarts: int = 1, iterations: int = 2000, rate: float = 0.1, tv: float = 1e-3, told: bool = False, record: int = 0
+) -> GradientMatching:
+    """Inverting Gradients without the gradients from a bottleneck on (Scheliga et al. 2022, arXiv:2208.04767).
+
+    Threat model: as `inverting_gradients`, and knows where the model draws. The gradients in front of the bottleneck depend on its
+    noise too, through what is propagated back, so that the gap keeps a floor and a search that got there need not have `converged`.
+    """
+    return replace(inverting_gradients(restarts, iterations, rate, tv, told, record), matched="before_noise")
+
+
+def precode_aware(
+    restarts: int = 1, evaluations: int = 2000, tv: float = 1e-3, told: bool = False, record: int = 0
+) -> GradientMatching:
+    """Looks for the image and for what the model's bottleneck drew at the same time: the answer to PRECODE and its kin.
+
+    Threat model: as `cosine_lbfgs`, which it is on a model that draws nothing; knows the model, and so that it draws, not what.
+    With the noise among the unknowns nothing is random any more, and L-BFGS works. Departure from the joint optimisation that
+    Scheliga et al. (2023, arXiv:2208.06163) made for dropout: no regulariser of the mask, and L-BFGS in place of Adam.
+    """
+    return replace(cosine_lbfgs(restarts, evaluations, tv, record), labels="given" if told else "analytic", noise="sought")
+
+
 def fedavg(
     restarts: int = 1, evaluations: int = 2000, tv: float = 1e-3, agreement: float = 1.0, record: int = 0
 ) -> GradientMatching:
@@ -293,7 +328,8 @@ def strongest(restarts: int = 3, evaluations: int = 4000, iterations: int = 4800
     """The first that works of exact inversion, R-GAP and SPEAR; then DLG and the cosine by L-BFGS on a smooth network, Inverting
     Gradients on one with kinks.
 
-    Threat model: as `dlg`; labels are read off the gradient where they are not optimised too. What it cannot steal was not stolen
+    Threat model: as `dlg`; labels are read off the gradient where they are not optimised too, and what a bottleneck drew is looked
+    for together with the image. What it cannot steal was not stolen
     by any of them: a stronger claim than that of one attack, and still none about attacks that are not here.
 
     restarts, evaluations  of the searches by L-BFGS
@@ -305,8 +341,8 @@ def strongest(restarts: int = 3, evaluations: int = 4000, iterations: int = 4800
             "analytic": Analytic(),
             "rgap": RGAP(),
             "spear": SPEAR(draws),
-            "dlg": Where(dlg(restarts, evaluations), smooth=True),
-            "cosine_lbfgs": Where(cosine_lbfgs(restarts, evaluations), smooth=True),
+            "dlg": Where(replace(dlg(restarts, evaluations), noise="sought"), smooth=True),
+            "cosine_lbfgs": Where(replace(cosine_lbfgs(restarts, evaluations), noise="sought"), smooth=True),
             "inverting_gradients": Where(inverting_gradients(iterations=iterations), smooth=False),
         }
     )

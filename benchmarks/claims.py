@@ -8,13 +8,18 @@
     python benchmarks/claims.py layers           gap and error fall together (Zhu et al. 2019)
     python benchmarks/claims.py fedavg           five local steps, imitated or taken for one gradient (Dimitrov et al. 2022)
     python benchmarks/claims.py gaps-compared    squared, cosine, Gaussian gap in DLG's setting
+    python benchmarks/claims.py precode          PRECODE's MLP: its own attack, and exact inversion (Scheliga et al. 2022)
+    python benchmarks/claims.py precode-cnn      PRECODE on a LeNet against attackers who know more and more
+    python benchmarks/claims.py resnet           DLG on a ResNet with sigmoids and without strides (Zhu et al. 2019)
+    python benchmarks/claims.py many-networks    one image, many random networks, 40 % of the gradient dropped (Opt_ML)
+    python benchmarks/claims.py resolution       16, 32 and 64 pixels a side for as many evaluations (Zhu et al. 2019)
 
-Images are of CIFAR-10 under $FEDSIM_DATA, or embedded ones with --data synthetic. One thread.
+Images are of CIFAR-10 under $FEDSIM_DATA, or embedded ones with --data synthetic; --side resizes them. One thread.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -24,14 +29,16 @@ import torch
 from torch import Tensor, nn
 
 import attacks
-from attacks import CosineGap, GaussianGap, GradientMatching, SquaredGap, Stop, metrics
+from attacks import Adam, CosineGap, GaussianGap, GradientMatching, SquaredGap, Stop, metrics
+from defenses import TopK
 from experiments.pictures import agreement
+from fedsim.client import chance_seeded
 from fedsim.data import Dataset, load
-from fedsim.models import Init, Kaiming, Xavier, lenet, mcmahan_cnn
+from fedsim.models import Init, Kaiming, Precode, Uniform, Xavier, lenet, mcmahan_cnn, precode_mlp, resnet20
 from fedsim.observation import Knowledge, Observation, Reconstruction
-from fedsim.seeding import generator
+from fedsim.seeding import generator, seed_of
 from fedsim.training import evaluate, local_update, split
-from fedsim.wire import pack
+from fedsim.wire import pack, unpack
 
 Truth = tuple[Tensor, Tensor]
 
@@ -45,7 +52,7 @@ def victims(
     epochs: int = 1,
     lr: float = 1.0,
 ) -> tuple[nn.Module, list[Observation], list[Truth], Knowledge]:
-    """`count` clients with `images` random images and a random network each, and the updates they send."""
+    """`count` clients with `images` random images and a random network each, and the updates they send; what models draw too."""
     seen, truth = [], []
     batch = batch or images
     for i in range(count):
@@ -55,7 +62,8 @@ def victims(
         x, y = data.train.batch(index)
         orders = [torch.randperm(images, generator=generator(0, "order", i, epoch)) for epoch in range(epochs)]
         batches = [(x[part], y[part]) for order in orders for part in order.split(batch)]
-        update = local_update(model, params, buffers, batches, lr=lr).update
+        with chance_seeded(model, x, seed_of(0, "dropout", i)):
+            update = local_update(model, params, buffers, batches, lr=lr).update
         seen.append(Observation(params, pack(update), images, client=i, buffers=buffers))
         truth.append((x, y))
     known = Knowledge(data.image_shape, 10, batch_size=batch, lr=lr, local_steps=len(batches), labels=[y for _, y in truth])
@@ -258,6 +266,145 @@ def gaps_compared(data: Dataset, count: int) -> None:
         )
 
 
+def ssims(found: Sequence[Reconstruction], truth: Sequence[Truth]) -> Tensor:
+    """(N,) structural similarity of victims of one image."""
+    return torch.cat([metrics.ssim(one.images, x) for one, (x, _) in zip(found, truth, strict=True)])
+
+
+def precode(data: Dataset, count: int) -> None:
+    """SSIM on PRECODE's MLP without and with its bottleneck; exact inversion of all victims, the search on 4 of them."""
+    search = attacks.precode_naive(iterations=100, rate=0.1, told=True)  # for the paper's 7,000 at 0.01, which need an hour
+    naive = {}
+    for name, bottleneck in (("without", None), ("with", Precode())):
+        build = lambda rng, inside=bottleneck: precode_mlp(  # noqa: E731
+            data.image_shape, 10, bottleneck=inside, mean=data.mean, std=data.std, rng=rng
+        )
+        model, seen, truth, known = victims(data, build, 4)
+        naive[name] = ssims(run(search, model, seen, known), truth)
+        print(
+            f"  {name:8s} PRECODE, search: mean SSIM {naive[name].mean():.3f},"
+            f" SSIM >= 0.6 on {int((naive[name] >= 0.6).sum())}/{len(naive[name])}",
+            flush=True,
+        )
+    model, seen, truth, known = victims(data, build, count)
+    exact = attacks.Analytic()(seen, replace(known, labels=None), model, generator(0, "claim"))
+    errors = torch.cat([metrics.mse(one.images, x) for one, (x, _) in zip(exact, truth, strict=True)])
+    labels = sum(int(one.labels[0] == y[0]) for one, (_, y) in zip(exact, truth, strict=True))
+    similar = int((ssims(exact, truth) >= 0.6).sum())
+    print(f"  with     PRECODE, analytic: SSIM >= 0.6 on {similar}/{count}, worst MSE {errors.max():.1e}, labels {labels}/{count}")
+    verdict(
+        "the search steals all without PRECODE (SSIM above 0.95) and none with it (below 0.1)",
+        bool(naive["without"].mean() > 0.95 and naive["with"].mean() < 0.1),
+    )
+    verdict("PRECODE reduces the success of attacks to 0 %", similar == 0)
+    verdict(
+        "dividing by the bias's gradient steals every image (MSE below 1e-10) and label",
+        bool((errors < 1e-10).all() and labels == count),
+    )
+
+
+def precode_cnn(data: Dataset, count: int) -> None:
+    """PSNR and SSIM on a LeNet (SiLU) behind PRECODE, by attackers who are told the labels and know more and more."""
+    scores = {}
+    adam = Adam(600, rate=0.1, signed=True)
+    build = lambda rng, inside=None: lenet(  # noqa: E731
+        data.image_shape, 10, activation="silu", init=Xavier(gain=1.5), bottleneck=inside, mean=data.mean, std=data.std, rng=rng
+    )
+    for name, attack, inside in (
+        ("no PRECODE, Adam", attacks.precode_naive(tv=1e-3, told=True), None),
+        ("no PRECODE, L-BFGS", attacks.precode_aware(evaluations=600, told=True), None),
+        ("PRECODE, naive", attacks.precode_naive(tv=1e-3, told=True), Precode()),
+        ("PRECODE, ignore", attacks.precode_ignore(told=True), Precode()),
+        ("PRECODE, joint", attacks.precode_aware(evaluations=600, told=True), Precode()),
+    ):
+        model, seen, truth, known = victims(data, lambda rng, inside=inside: build(rng, inside), count)  # type: ignore[misc]
+        search = replace(attack, optimizer=adam) if isinstance(attack.optimizer, Adam) else attack
+        found = run(search, model, seen, known)
+        scores[name], similar = psnr(found, truth).mean(), ssims(found, truth)
+        print(
+            f"  {name:20s} {scores[name]:5.1f} dB, mean SSIM {similar.mean():.3f}, SSIM >= 0.6 on"
+            f" {int((similar >= 0.6).sum())}/{count}, converged {sum(one.converged for one in found)}/{count}",
+            flush=True,
+        )
+    naive, ignore, joint = (scores[f"PRECODE, {name}"] for name in ("naive", "ignore", "joint"))
+    verdict(f"ignoring the gradients behind the draw gains 3 dB: {ignore - naive:+.1f}", bool(ignore >= naive + 3))
+    verdict(f"looking for the draw gains 3 dB: {joint - naive:+.1f}", bool(joint >= naive + 3))
+
+
+def resnet(data: Dataset, count: int) -> None:
+    """DLG on a ResNet-20 with sigmoids, without strides and norms, weights U(-0.5, 0.5); the gap counts every layer the same."""
+    build = lambda rng: resnet20(  # noqa: E731
+        data.image_shape, 10, norm="none", activation="sigmoid", strides=False, init=Uniform(), rng=rng
+    )
+    model, seen, truth, known = victims(data, build, count)
+    for gap in (SquaredGap(), GaussianGap()):
+        found = run(replace(attacks.idlg(evaluations=300), gap=gap, stop=Stop()), model, seen, known)
+        errors = torch.cat([metrics.mse(one.images, x) for one, (x, _) in zip(found, truth, strict=True)])
+        passed = int((errors < 0.03).sum())
+        print(
+            f"  {gap!r:14s} {data.image_shape[1]} pixels a side: MSE < 0.03 on {passed}/{count}, median {errors.median():.4f},"
+            f" {sum(one.evaluations for one in found) / count:.0f} evaluations",
+            flush=True,
+        )
+        verdict("MSE < 0.03 on half of the images", 2 * passed >= count)
+
+
+def plain_dlg(model: nn.Module, target: Mapping[str, Tensor], x: Tensor, rng: torch.Generator) -> tuple[float, Tensor]:
+    """Final gap and image of DLG's script: 100 steps of torch's L-BFGS with its defaults, from noise in the shape of `x`."""
+    weights = dict(model.named_parameters())
+    image = torch.randn(x.shape, generator=rng).requires_grad_()
+    logits = torch.randn(1, 100, generator=rng).requires_grad_()
+    optimizer = torch.optim.LBFGS([image, logits])
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        task = nn.functional.cross_entropy(model(image), logits.softmax(-1))
+        made = torch.autograd.grad(task, list(weights.values()), create_graph=True)
+        gap = torch.stack([(g - target[name]).square().sum() for name, g in zip(weights, made, strict=True)]).sum()
+        gap.backward(inputs=[image, logits])
+        return gap
+
+    gaps = [float(optimizer.step(closure).detach()) for _ in range(100)]
+    return gaps[-1], image.detach().nan_to_num().clamp(0, 1)
+
+
+def many_networks(data: Dataset, count: int) -> None:
+    """DLG's own loop (torch's L-BFGS, 100 outer steps) on what top-k leaves of one image's gradient, by random networks."""
+    x, y = data.train.batch(torch.tensor([25]))
+    losses, errors = [], []
+    for i in range(count):
+        model = lenet(data.image_shape, 100, convs=4, rng=generator(0, "network", i))
+        update = local_update(model, *split(model), [(x, y)], lr=1.0).update
+        packets, _ = TopK(0.6)(pack(update), {}, generator(0, "defense"))
+        final, image = plain_dlg(model, unpack(packets), x, generator(0, "start", i))
+        losses.append(final)
+        errors.append(metrics.mse(image, x).item())
+    loss, error = torch.tensor(losses), torch.tensor(errors)
+    print(f"  final gap: mean {loss.mean():.2f}, median {loss.median():.2f}, from {loss.min():.2f} to {loss.max():.2f}")
+    print(f"  MSE: median {error.median():.3f}, from {error.min():.3f} to {error.max():.3f}")
+    verdict("median final gap 2 to 5 (published 2.9568)", bool(2 <= loss.median() <= 5))
+    verdict("median MSE above 0.1", bool(error.median() > 0.1))
+
+
+def resolution(data: Dataset, count: int) -> None:
+    """DLG with the label read off, on the same images at three sizes; then with four times the evaluations."""
+    scores: dict[int, list[float]] = {}
+    for evaluations in (250, 1000):
+        for side in (16, 32, 64):
+            small = load(data.name, train_size=1000, test_size=10, side=side)
+            model, seen, truth, known = victims(small, lambda rng, shape=small.image_shape: lenet(shape, 10, rng=rng), count)  # type: ignore[misc]
+            found = run(attacks.idlg(evaluations=evaluations), model, seen, known)
+            scores.setdefault(evaluations, []).append(float(psnr(found, truth).mean()))
+            print(f"  {evaluations:5d} evaluations, {side} pixels a side: {scores[evaluations][-1]:5.1f} dB", flush=True)
+    few, many = scores.values()
+    verdict("PSNR does not rise with the resolution", few[0] >= few[1] >= few[2])
+    verdict(f"64 pixels a side are 3 dB below 32: {few[2] - few[1]:+.1f}", few[2] <= few[1] - 3)
+    verdict(
+        f"with four times the evaluations half of that is left: {many[2] - many[1]:+.1f}",
+        many[1] - many[2] <= (few[1] - few[2]) / 2,
+    )
+
+
 CLAIMS: dict[str, tuple[Callable[[Dataset, int], None], int]] = {
     "batches": (batches, 4),
     "gaps": (gaps, 3),
@@ -267,6 +414,11 @@ CLAIMS: dict[str, tuple[Callable[[Dataset, int], None], int]] = {
     "layers": (layers, 8),
     "fedavg": (fedavg, 4),
     "gaps-compared": (gaps_compared, 16),
+    "precode": (precode, 20),
+    "precode-cnn": (precode_cnn, 6),
+    "resnet": (resnet, 8),
+    "many-networks": (many_networks, 10),
+    "resolution": (resolution, 6),
 }
 
 
@@ -275,10 +427,11 @@ def main() -> None:
     parser.add_argument("claim", choices=list(CLAIMS))
     parser.add_argument("--data", default="cifar10", help="dataset")
     parser.add_argument("--victims", type=int, help="how many networks, with images of their own")
+    parser.add_argument("--side", type=int, help="pixels a side of the images")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     claim, count = CLAIMS[arguments.claim]
-    data = load(arguments.data)
+    data = load(arguments.data, side=arguments.side)
     print(f"{(claim.__doc__ or '').splitlines()[0]} {data.name}, {arguments.victims or count} victims")
     claim(data, arguments.victims or count)
 

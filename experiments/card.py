@@ -4,10 +4,12 @@ from typing import Any
 
 from torch import nn
 
-from attacks import LBFGS, SPEAR, BagOfTokens, Imprint, SpanCheck
+from attacks import LBFGS, SPEAR, BagOfTokens, GradientMatching, Imprint, SpanCheck
 from fedsim import servers
+from fedsim.accounting import quoted_epsilon, reconstruction_bound
 from fedsim.data import Corpus
-from fedsim.models import Bert
+from fedsim.defense import Guarantee, Private
+from fedsim.models import Bert, Stochastic
 from fedsim.protocols import FedAvg, FedSGD
 from fedsim.secure_aggregation import Secure
 from fedsim.seeding import generator
@@ -23,6 +25,8 @@ LOOKS = {
     "warn": "look for a malicious server's traps, and warn",
     "refuse": "look for a malicious server's traps, and send nothing where they find one",
 }
+GUESS = 0.1  # success of an attacker who sees nothing, for which the bound on reconstruction is told
+LONELY = "none: the defense mixes the images of a batch, and a batch has one; federation.batch_size=4"
 SPEAR_BATCH = 16  # what it recovers within seconds on 200 hidden units
 SPAN_BATCH = 4  # what `SpanCheck` was seen to put together
 
@@ -53,8 +57,35 @@ def card(setup: Setup, tap: Tap, attack: str, defense: str) -> list[tuple[str, s
         ("learning rate", "not needed: the gradient itself is sent" if one_gradient else f"told: {protocol.lr:g}"),
         ("BatchNorm", "running statistics seen, those of the batch not" if batch_norm else "none in this model"),
         ("clients", LOOKS[setup.inspection.action]),
+        *_proved(setup, batch_norm),
+        *([("mixing", LONELY)] if getattr(setup.defense, "mixes", False) and protocol.batch_size == 1 else []),
         ("taps", _taps(tap)),
         ("attack", attack),
+    ]
+
+
+def guarantee_of(setup: Setup, rounds: int) -> Guarantee | None:
+    """What the defense proves of the most exposed client after so many rounds; None for one without a proof."""
+    return setup.defense.guarantee(setup.exposures(rounds)) if isinstance(setup.defense, Private) else None
+
+
+def _proved(setup: Setup, batch_norm: bool) -> list[tuple[str, str]]:
+    rounds = setup.config.get("rounds", 1)
+    if (proved := guarantee_of(setup, rounds)) is None:
+        return []
+    z, exposures = proved.noise_multiplier, setup.exposures(rounds)
+    every = [(e.rounds * e.uses, e.rate) if proved.unit == "example" else (e.rounds, 1.0) for e in exposures]
+    quoted = max(quoted_epsilon(z, releases, proved.delta, rate) for releases, rate in every)
+    bound = reconstruction_bound(GUESS, z, proved.releases)
+    beside = "the reported training loss and number of examples" + (", BatchNorm statistics" if batch_norm else "")
+    return [
+        (
+            "privacy",
+            f"epsilon {proved.epsilon:.3g} at delta {proved.delta:g} if one {proved.unit} is replaced, after {rounds} rounds: "
+            f"noise multiplier {z:.3g}, {proved.releases} releases; {quoted:.3g} as papers quote it, added or removed",
+        ),
+        ("reconstruction", f"an attacker who guesses right with {GUESS:.0%} succeeds with {bound:.1%} at most"),
+        ("not covered", beside),
     ]
 
 
@@ -100,6 +131,9 @@ def obstacles(setup: Setup, attack: Any) -> list[tuple[str, str]]:
     if protocol.train_mode:
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in modules):
             found.append(("hopeless", "dropout: the attacker does not know which units were dropped; model.dropout=0"))
+        blind = isinstance(attack, GradientMatching) and attack.noise == "drawn" and attack.matched == "all"
+        if blind and any(isinstance(m, Stochastic) for m in modules):
+            found.append(("hopeless", "the model draws at random, and the attack draws anew each time; attack=precode_aware"))
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
             found.append(("weak", "BatchNorm in training mode normalises by the unseen batch; federation.train_mode=false"))
     if isinstance(getattr(attack, "optimizer", None), LBFGS) and any(isinstance(m, nn.ReLU) for m in modules):

@@ -266,7 +266,13 @@ def _list(arguments: argparse.Namespace) -> int:
     from experiments.config import GROUPS, choices
     from fedsim.checks import one_of
 
-    kinds = {"datasets": "data", "partitions": "partition", "models": "model", "initializations": "model/init"}
+    kinds = {
+        "datasets": "data",
+        "partitions": "partition",
+        "models": "model",
+        "initializations": "model/init",
+        "bottlenecks": "model/bottleneck",
+    }
     kinds |= {
         "protocols": "federation",
         "strategies": "strategy",

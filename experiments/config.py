@@ -15,7 +15,7 @@ from fedsim.checks import nearest
 
 CONF = Path(__file__).parent / "conf"
 GROUPS = (
-    *("data", "partition", "model", "model/init", "federation", "strategy", "server"),
+    *("data", "partition", "model", "model/init", "model/bottleneck", "federation", "strategy", "server"),
     *("defense", "inspect", "aggregation", "attack", "engine", "setting"),
 )
 
@@ -56,8 +56,11 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> Config:
             del composed.hydra
             config: Any = OmegaConf.to_container(composed, resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
+            if "Could not override 'model/bottleneck'" in str(error):
+                way_out = "this one has no place for it: take model=lenet, or defense=none"
+                raise ConfigError(f"defense={chosen['defense']} stands in the model, and {way_out}") from None
             raise ConfigError(" ".join(str(error).split())) from None
-    config["choices"] = {group: named.get(group, chosen.get(group)) for group in GROUPS if "/" not in group}
+    config["choices"] = {group: named.get(group, chosen.get(group)) for group in GROUPS if group != "model/init"}
     return config
 
 
@@ -154,8 +157,15 @@ def build_checked(group: str, node: Config, **more: Any) -> Any:
 
 
 def label(config: Config, group: str = "defense") -> str:
-    """A short name of a choice with the settings that matter: `topk ratio=0.1`."""
-    return _label(config["choices"][group], repr(config[group]))
+    """A short name of a choice with the settings that matter: `topk ratio=0.1`; of a defense, with what stands in the model."""
+    chosen = config["choices"]
+    name = _label(chosen[group], repr(config[group]))
+    inside = config["model"].get("bottleneck") if group == "defense" else None
+    if not inside:
+        return name
+    told = _label(chosen["model/bottleneck"], repr(inside))
+    same = chosen["model/bottleneck"] == chosen["defense"]  # defense=precode chooses it
+    return name + told.removeprefix(chosen["defense"]) if same else f"{name}, bottleneck={told}"
 
 
 def contender(config: Config) -> str:
@@ -179,8 +189,10 @@ def _label(name: str, text: str) -> str:
             return list(itertools.chain.from_iterable(settings(item) for item in node))
         found = []
         for key, value in node.items():
-            if isinstance(value, dict | list):
+            if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
                 found += settings(value)
+            elif isinstance(value, list):
+                found.append(f"{key}={'+'.join(map(str, value))}")
             elif key != "_target_" and value is not None:
                 found.append(f"{key}={value}")
         return found

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from attacks.metrics import BARS, Rate, success_rates
 from experiments.canvas import COLOURS, MARKERS, STYLE, frame, picture, save
+from experiments.card import GUESS
 from experiments.config import contender
 from experiments.pictures import draw_trace
 from experiments.progress import size
@@ -111,14 +112,15 @@ def summary(folders: Sequence[RunFolder]) -> Table:
         if text
         else ("stolen", *list(BARS)[1:], "not converged", "PSNR", "labels")
     )
-    for column in ("accuracy", "sent", "of dense", *scores):
+    proofs = ("epsilon", f"{GUESS:.0%} guess") if "epsilon" in rounds else ()  # no column where nobody has one
+    for column in ("accuracy", "sent", "of dense", *proofs, *scores):
         table.add_column(column, justify="right")
     for defense in _in_order(rounds["defense"]):
         of = rounds[rounds["defense"] == defense]
         final = of.dropna(subset="accuracy").sort_values("round").groupby("run")["accuracy"].last()
         sent = of.groupby("run")["bytes_up"].sum().mean()
         share = of["bytes_up"].sum() / max(1, of["bytes_up_dense"].sum())
-        cells = [f"{final.mean():.1%}" if len(final) else "", size(sent), f"{share:.1%}"]
+        cells = [f"{final.mean():.1%}" if len(final) else "", size(sent), f"{share:.1%}", *(_proof(of) if proofs else [])]
         here = leaks[leaks["run"].isin(of["run"])] if len(leaks) else leaks
         for label in _in_order(here["defense"]) if len(here) else [defense]:
             for attack in attacks:
@@ -126,17 +128,27 @@ def summary(folders: Sequence[RunFolder]) -> Table:
                 victims = here[(here["defense"] == label) & (here["attack"] == attack)] if len(here) else here
                 table.add_row(name, *cells, *(_text_cells(victims) if text else _leak_cells(victims)))
     table.caption, table.caption_justify = _found(folders), "left"
+    blank = [""] * len(proofs)
     if len(leaks) and text:
         first = leaks[(leaks["attack"] == attacks[0]) & (leaks["defense"] == leaks["defense"].iloc[0])]
         passed = int((first["typical_token_accuracy"] >= STOLEN_TOKENS).sum())
         shares = [f"{first[f'typical_{score}'].mean():.0%}" for score in ("token_accuracy", "rougeL")]
-        table.add_row("the usual words", "", "", "", str(Rate(passed, len(first))), "", *shares, "", "", style="dim")
+        table.add_row("the usual words", "", "", "", *blank, str(Rate(passed, len(first))), "", *shares, "", "", style="dim")
     elif len(leaks):
         # The victims are the same for every defense and attack.
         first = leaks[(leaks["attack"] == attacks[0]) & (leaks["defense"] == leaks["defense"].iloc[0])]
         for name, what in (("grey", "a grey card"), ("mean_image", "the mean image"), ("mean_colour", "its mean colour")):
-            table.add_row(what, "", "", "", *_bars(first, f"{name}_"), "", _median(first, f"{name}_"), "", style="dim")
+            table.add_row(what, "", "", "", *blank, *_bars(first, f"{name}_"), "", _median(first, f"{name}_"), "", style="dim")
     return table
+
+
+def _proof(rounds: pd.DataFrame) -> tuple[str, str]:
+    """Epsilon in the end, and how often a reconstruction succeeds at most when a blind guess has `GUESS`; empty without a proof."""
+    last = rounds.sort_values("round").groupby("run").last()
+    if last["epsilon"].isna().any():
+        return "", ""
+    worst = last.sort_values("epsilon").iloc[-1]
+    return f"{worst['epsilon']:.3g} at {worst['delta']:g}", f"<= {worst['reconstruction_bound']:.0%}"
 
 
 def _found(folders: Sequence[RunFolder]) -> str | None:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from experiments import scoring
-from experiments.card import card, obstacles
+from experiments.card import GUESS, card, guarantee_of, obstacles
 from experiments.config import Config, ConfigError, build_checked, contender, label
 from experiments.progress import Progress, console
 from fedsim import federation
-from fedsim.data import check
+from fedsim.accounting import reconstruction_bound
+from fedsim.data import check, image_shape
 from fedsim.federation import Checkpoint, Round
 from fedsim.observation import Observation
 from fedsim.run import RunFolder
@@ -50,11 +51,13 @@ def check_config(config: Config) -> None:
     if config["choices"].get("aggregation", "plain") != "plain":
         check_averages(strategy)
     data, clients = config["data"], config["federation"]["clients"]
-    shape, classes = ((16,), 400) if data["name"] == "text" else ((3, 32, 32), 10)
-    build_checked("model", config["model"], image_shape=shape, num_classes=classes)
     for size in ("train_size", "test_size"):
         if data.get(size) is not None:
             whole(f"data.{size}", data[size])
+    if data.get("side") is not None:
+        whole("data.side", data["side"], 8, 512)
+    shape, classes = ((16,), 400) if data["name"] == "text" else (image_shape(data["name"], data.get("side")), 10)
+    build_checked("model", config["model"], image_shape=shape, num_classes=classes)
     if data.get("train_size") is not None and data["train_size"] < clients:
         raise ValueError(
             f"data.train_size={data['train_size']} examples are too few for federation.clients={clients}: one each at least"
@@ -127,7 +130,7 @@ def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
                 progress.leaks(_attack(setup, folder, attack, name, seen, progress))
 
         def after(report: Round, state: Checkpoint) -> None:
-            folder.add("rounds", [dataclasses.asdict(report)])
+            folder.add("rounds", [dataclasses.asdict(report) | spent(setup, report.round)])
             folder.save_checkpoint(state)
             progress.round(report)
 
@@ -174,6 +177,14 @@ def _attack(setup: Setup, folder: RunFolder, attack: Any, name: str, seen: Seque
     return [row["verdict"] for row in rows]
 
 
+def spent(setup: Setup, round: int) -> dict[str, float]:
+    """What is proved of the most exposed client after `round` rounds; nothing for a defense without a proof."""
+    if (proved := guarantee_of(setup, round)) is None:
+        return {}
+    bound = reconstruction_bound(GUESS, proved.noise_multiplier, proved.releases)
+    return {"epsilon": proved.epsilon, "delta": proved.delta, "reconstruction_bound": bound}
+
+
 def show_card(setup: Setup, config: Config) -> None:
     """Prints the threat-model card."""
     tap, attack = build_checked("tap", config["tap"]), attack_of(config)
@@ -188,7 +199,7 @@ def show_card(setup: Setup, config: Config) -> None:
 def environment(setup: Setup, command: str) -> dict[str, Any]:
     """What a result depends on besides its configuration."""
     packages = {}
-    for package in ("fedsim", "torch", "torchvision", "flwr", "flwr-datasets", "numpy", "pandas", "ray"):
+    for package in ("fedsim", "torch", "torchvision", "flwr", "flwr-datasets", "dp-accounting", "numpy", "pandas", "ray"):
         with contextlib.suppress(PackageNotFoundError):
             packages[package] = version(package)
     device = str(setup.device)

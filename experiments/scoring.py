@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks import metrics
-from fedsim.client import dropout_seeded
+from fedsim.client import chance_seeded
 from fedsim.data import Corpus, Dataset
 from fedsim.data.text import filled, is_word
 from fedsim.observation import Knowledge, Observation, Reconstruction
@@ -91,7 +91,7 @@ def _true_update(setup: Setup, seen: Observation, client: int) -> Update:
     params = {name: t.to(setup.device) for name, t in seen.params.items()}
     buffers = {name: t.to(setup.device) for name, t in seen.buffers.items()}
     model, proximal = model_of(setup), setup.config["strategy"].get("proximal_mu", 0.0)
-    with dropout_seeded(model, seed_of(setup.seed, "dropout", seen.round, client)):
+    with chance_seeded(model, setup.batch(index[0])[0], seed_of(setup.seed, "dropout", seen.round, client)):
         return setup.protocol.train(model, params, buffers, (setup.batch(i) for i in index), proximal).update
 
 

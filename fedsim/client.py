@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from fedsim.defense import State
+from fedsim.defense import State, hooks_of
 from fedsim.files import write_bytes, write_with
 from fedsim.inspection import Finding, Inspection, Refused
 from fedsim.records import ARRAYS, CONFIG, METRICS, SENDER, client_of, reply_of, tensors_of
@@ -52,17 +54,19 @@ def client_app(config: Config, memory: str | None = None) -> ClientApp:
         params = {name: tensors[name] for name, _ in model.named_parameters()}
         buffers = {name: tensors[name] for name, _ in model.named_buffers()}
         index = setup.protocol.batches(setup.shards[client], setup.seed, round, client)
-        with dropout_seeded(model, seed_of(setup.seed, "inspection", round, client)):
-            found = setup.inspection(model, params, buffers, *setup.batch(index[0])) if setup.inspection.action != "off" else []
+        images, labels = setup.batch(index[0])
+        with chance_seeded(model, images, seed_of(setup.seed, "inspection", round, client)):
+            found = setup.inspection(model, params, buffers, images, labels) if setup.inspection.action != "off" else []
         if found:
             _tell(memory, client, round, setup.inspection, found)
-        with dropout_seeded(model, seed_of(setup.seed, "dropout", round, client)):
+        with chance_seeded(model, images, seed_of(setup.seed, "dropout", round, client)):
             trained = setup.protocol.train(
                 model,
                 params,
                 buffers,
                 (setup.batch(i) for i in index),
                 proximal=float(order.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
+                hooks=hooks_of(setup.defense, setup.dataset.num_classes, setup.seed, round, client),
             )
         packets, state = setup.defense(
             pack(trained.update),
@@ -133,15 +137,37 @@ def _round(path: Path) -> int:
     return int(path.stem.removeprefix("round_"))
 
 
-_global_rng = threading.Lock()
+_global_rng = threading.RLock()
+_draws: weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def dropout_seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Dropout draws from torch's global stream, which threads share: clients of such a model train one at a time, seeded."""
-    if not model.training or not any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
+def chance_seeded(model: nn.Module, images: Tensor, seed: int) -> Iterator[None]:
+    """Inside, what `model` draws, fed batches such as `images`, is a function of the seed, whichever module draws it.
+
+    Modules draw from torch's global stream, which threads share: clients of a model that draws train one at a time.
+    """
+    if not draws(model, images):
         yield
         return
     with _global_rng, torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+@torch.no_grad()
+def draws(model: nn.Module, images: Tensor) -> bool:
+    """Whether a model in its mode draws from torch's global stream: tried once, since any module may."""
+    known = _draws.setdefault(model, {})
+    if model.training not in known:
+        tensors = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}  # BatchNorm writes to them
+        with _global_rng, torch.random.fork_rng():
+            before = _streams(images)
+            functional_call(model, tensors, (images,))
+            known[model.training] = not torch.equal(before, _streams(images))
+    return known[model.training]
+
+
+def _streams(images: Tensor) -> Tensor:
+    cpu = torch.get_rng_state()
+    return torch.cat([cpu, torch.cuda.get_rng_state(images.device)]) if images.is_cuda else cpu

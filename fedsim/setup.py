@@ -7,7 +7,7 @@ A configuration is a plain nested dict (what `config.json` in a run's folder hol
 import functools
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.data import Corpus, Dataset, load
-from fedsim.defense import Defense
+from fedsim.defense import Defense, Exposure, Private
+from fedsim.exposure import exposures
 from fedsim.inspection import Inspection
 from fedsim.protocols import Protocol
 from fedsim.secure_aggregation import Plain, Secure
@@ -75,6 +76,10 @@ class Setup:
         images, labels = self.dataset.train.batch(index)
         return images.to(self.device), labels.to(self.device)
 
+    def exposures(self, rounds: int) -> tuple[Exposure, ...]:
+        """How often `rounds` rounds use the data of the most exposed clients."""
+        return exposures(self.protocol, [len(shard) for shard in self.shards], self.seed, rounds)
+
     def examples(self, round: int, client: int) -> Tensor:
         """Places in the training set that `client` computed its update of `round` from, each once, in the order of first use."""
         index = torch.cat(self.protocol.batches(self.shards[client], self.seed, round, client))
@@ -83,6 +88,11 @@ class Setup:
     def truth(self, round: int, *clients: int) -> tuple[Tensor, Tensor]:
         """The images and labels that `clients` computed their updates of `round` from, one client's behind the other's."""
         return self.batch(torch.cat([self.examples(round, client) for client in clients]))
+
+
+def planned(defense: Defense, exposures: Sequence[Exposure]) -> Defense:
+    """The defense with the noise that its target epsilon, if it has one, takes when it is applied so often."""
+    return defense.planned(exposures) if isinstance(defense, Private) else defense
 
 
 def device_of(name: str) -> torch.device:
@@ -111,13 +121,16 @@ def _setup_of(text: str) -> Setup:
     dataset = _dataset_of(json.dumps(config["data"], sort_keys=True), config["seed"])
     protocol = build(config["federation"])
     shards = build(config["partition"])(dataset.train.labels, protocol.clients, config["seed"])
+    defense = build(config["defense"])
+    if "rounds" in config:
+        defense = planned(defense, exposures(protocol, [len(shard) for shard in shards], config["seed"], config["rounds"]))
     return Setup(
         config,
         config["seed"],
         dataset,
         shards,
         protocol,
-        build(config["defense"]),
+        defense,
         device_of(config.get("device", "auto")),
         # Folders of earlier versions have none of these.
         build(config["server"]) if "server" in config else Honest(),

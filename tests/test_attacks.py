@@ -409,6 +409,9 @@ PRESETS = [
     attacks.cosine_adam(restarts=2, iterations=12, tv=1e-4),
     attacks.gradinversion(restarts=2, iterations=12, batch_norm=0),
     attacks.fedavg(restarts=2, evaluations=12),
+    attacks.precode_naive(restarts=2, iterations=12),
+    attacks.precode_ignore(restarts=2, iterations=12),
+    attacks.precode_aware(restarts=2, evaluations=12),
 ]
 
 

@@ -60,7 +60,16 @@ def test_every_strategy_builds_with_what_the_server_adds(name):
             assert getattr(made, setting) == value
 
 
-INITIALIZED = [[f"model={name}"] for name in choices("model")] + [["model=lenet", f"model/init={i}"] for i in choices("model/init")]
+INITIALIZED = [
+    *([f"model={name}"] for name in choices("model")),
+    *(["model=lenet", f"model/init={name}"] for name in choices("model/init")),
+    *(
+        [f"model={model}", f"model/bottleneck={name}"]
+        for model in choices("model")
+        for name in choices("model/bottleneck")
+        if model != "bert_tiny" and not (name == "cvb" and ("mlp" in model))  # no sentences, no feature maps
+    ),
+]
 
 
 @pytest.mark.parametrize("overrides", INITIALIZED, ids=" ".join)
@@ -72,7 +81,8 @@ def test_every_model_and_every_initialization_builds(overrides):
         return
     model = build(node, image_shape=(3, 16, 16), num_classes=7, mean=[0.5] * 3, std=[0.2] * 3, rng=torch.Generator().manual_seed(0))
     assert isinstance(model, nn.Module)
-    assert model.eval()(torch.rand(2, 3, 16, 16)).shape == (2, 7)
+    output = model.eval()(torch.rand(2, 3, 16, 16))
+    assert (output[0] if node.get("bottleneck") else output).shape == (2, 7)
 
 
 def test_the_default_configuration_can_be_run():
@@ -93,12 +103,24 @@ LABELS = [
     (["defense=gaussian"], "gaussian relative=0.3"),
     (["defense=topk_ef"], "topk_ef ratio=0.1"),
     (["defense=topk_stochastic", "defense.parts.1.levels=4"], "topk_stochastic ratio=0.1 levels=4"),
+    (["defense=precode", "model.bottleneck.width=64"], "precode width=64 beta=0.001"),
+    (["model/bottleneck=dropout"], "none, bottleneck=dropout p=0.5"),
+    (["defense=topk", "model/bottleneck=cvb"], "topk ratio=0.1, bottleneck=cvb kernel=3 beta=0.001 after=1"),
+    (["defense=ppp"], "ppp prefixes=features. relative=0.1, bottleneck=precode width=256 beta=0.001"),
+    (["model=bert_tiny", "data=text"], "none"),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "expected"), LABELS, ids=[expected for _, expected in LABELS])
 def test_a_label_is_the_choice_and_its_settings(overrides, expected):
     assert label(compose(overrides)) == expected
+
+
+def test_a_defense_in_the_model_is_a_choice_among_the_others():
+    cells = [compose(cell) for cell in sweep(["setting=quickstart", "defense=none,topk,precode"])]
+    assert [label(config) for config in cells] == ["none", "topk ratio=0.1", "precode width=256 beta=0.001"]
+    assert [bool(config["model"]["bottleneck"]) for config in cells] == [False, False, True]
+    assert cells[2]["defense"] == cells[0]["defense"]
 
 
 def test_a_sweep_is_the_product_of_all_lists():
@@ -137,6 +159,17 @@ WRONG = [
     (["data.test_size=many"], "data.test_size must be a whole number >= 1, got 'many'"),
     (["model.activation=sigmoyd"], "unknown activation 'sigmoyd': did you mean 'sigmoid'?"),
     (["model=mcmahan_cnn", "model.dropout=2"], "dropout"),
+    (["model/bottleneck=precod"], "unknown model/bottleneck 'precod': did you mean 'precode'?"),
+    (["defense=precode", "model.bottleneck.width=0"], "width must be a whole number >= 1, got 0"),
+    (["defense=precode", "model.bottleneck.after=4"], "bottleneck.after must be a whole number in 1..3, got 4"),
+    (["defense=precode", "model.bottleneck.after=0"], "after must be a whole number >= 1, got 0"),
+    (["defense=cvb", "model.bottleneck.kernel=4"], "kernel must be odd, so that feature maps keep their size, got 4"),
+    (["defense=cvb", "model=precode_mlp"], "a convolutional bottleneck needs feature maps, and these have shape (1024,): set"),
+    (["defense=dropout", "model.bottleneck.p=1"], "p must lie in [0, 1), got 1"),
+    (["defense=precode", "model=bert_tiny"], "defense=precode stands in the model, and this one has no place for it: take model="),
+    (["defense=ppp", "defense.prefixes=[]"], "prefixes must be a list of at least one beginning of a name"),
+    (["data.side=7"], "data.side must be a whole number in 8..512, got 7"),
+    (["data.side=big"], "data.side must be a whole number in 8..512, got 'big'"),
     (["model.convs=1"], "convs must be at least 2, got 1"),
     (["model=resnet18", "model.norm=bach"], "unknown norm 'bach': did you mean 'batch'?"),
     (["model/init=uniform", "model.init.a=x"], "model.init.a must be a number, got 'x'"),

@@ -239,6 +239,53 @@ def test_a_size_that_cannot_be_is_refused(tmp_path, sizes, message):
         load("cifar10", tmp_path, **sizes)
 
 
+# Resizing
+
+
+@pytest.mark.parametrize("side", [16, 45, 64])
+def test_images_are_resized_as_pillow_does(tmp_path, side):
+    write_parquet(tmp_path)
+    whole, resized = load("cifar10", tmp_path), load("cifar10", tmp_path, side=side)
+    assert resized.image_shape == data.image_shape("cifar10", side) == (3, side, side)
+    assert torch.equal(resized.train.labels, whole.train.labels)
+    for before, after in zip(whole.test.pixels, resized.test.pixels, strict=True):
+        expected = Image.fromarray(before.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BILINEAR)
+        # Pillow rounds to bytes between rows and columns as well.
+        assert np.abs(after.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_a_smaller_image_keeps_its_mean():
+    drawn, small = (load("synthetic", train_size=20, test_size=3, side=side) for side in (None, 16))
+    assert small.train.pixels.shape == (20, 3, 16, 16)
+    # Each pixel is a weighted mean of its neighbourhood; at the border weights are renormalised, hence the tolerance of 1 level.
+    means = [images.train.pixels.float().mean((2, 3)) for images in (drawn, small)]
+    assert (means[0] - means[1]).abs().mean() < 1
+
+
+def test_the_same_side_changes_nothing(tmp_path):
+    write_parquet(tmp_path)
+    assert torch.equal(load("cifar10", tmp_path, side=32).train.pixels, load("cifar10", tmp_path).train.pixels)
+
+
+@pytest.mark.parametrize("name", ["synthetic", "mnist", "cifar100"])
+def test_the_shape_of_images_is_known_before_they_are_read(name):
+    assert data.image_shape(name) == {"synthetic": (3, 32, 32), "mnist": (1, 28, 28), "cifar100": (3, 32, 32)}[name]
+    assert data.image_shape(name, 64)[1:] == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "message"),
+    [
+        ("synthetic", 7, "side must be a whole number in 8..512, got 7"),
+        ("synthetic", 16.5, "side must be a whole number in 8..512, got 16.5"),
+        ("text", 16, "side is for images, and data=text has none, got 16"),
+    ],
+)
+def test_a_side_that_cannot_be_is_refused(name, side, message):
+    with pytest.raises(ValueError, match=message):
+        load(name, train_size=3, test_size=3, side=side)
+
+
 # The cache
 
 

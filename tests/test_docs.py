@@ -51,7 +51,7 @@ SMALL = ("rounds=1", "data.train_size=40", "data.test_size=10", "federation.clie
 @pytest.mark.parametrize(
     ("page", "tests", "choice", "kind", "line"),
     [
-        ("adding-a-defense.md", ("tests/test_defenses.py", "-k", "Clip"), "defense=clip", "defenses", "Scales the update down"),
+        ("adding-a-defense.md", ("tests/test_defenses.py", "-k", "NoBias"), "defense=no_bias", "defenses", "Sends no biases"),
         (
             "adding-an-attack.md",
             ("tests/test_attacks.py", "-k", "contract and Adam and grey"),

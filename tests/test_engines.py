@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from worlds import FEDAVG, FEDSGD, TOPK_EF, assert_same, config, federate
+from worlds import FEDAVG, FEDSGD, MLP, TOPK_EF, assert_same, config, federate
 
 from fedsim.engines.inline import Inline, InlineGrid
 from fedsim.engines.ray import Ray
@@ -18,10 +18,39 @@ from fedsim.federation import Engine
 HERE = Path(__file__).parent
 SEEDED = {"_target_": "fedsim.secure_aggregation.Secure", "seeded": True}  # so that masked updates are the same as well
 RUNS = {
-    "FedAvg, FedAdam, a defense with a memory": {"federation": FEDAVG, "strategy": "FedAdam", "defense": TOPK_EF},
+    "FedAvg, FedAdam, a defense with a memory, a model that draws": {
+        "federation": FEDAVG,
+        "strategy": "FedAdam",
+        "defense": TOPK_EF,
+        "model": MLP | {"bottleneck": {"_target_": "fedsim.models.Precode", "width": 2}},
+    },
     "FedSGD": {"federation": FEDSGD},
     "FedAvg, sums of masked updates": {"federation": FEDAVG, "aggregation": SEEDED},
     "FedSGD, random numbers": {"federation": FEDSGD, "defense": {"_target_": "defenses.GaussianNoise", "relative": 0.3}},
+    "FedAvg, all that defenses do in training": {
+        "federation": FEDAVG,
+        "defense": {
+            "_target_": "defenses.Chain",
+            "parts": [
+                {"_target_": "defenses.ATS", "policy": "random"},
+                {"_target_": "defenses.MixUp"},
+                {"_target_": "defenses.InstaHide", "k": 2, "largest": 0.7},
+                {"_target_": "defenses.OutPost"},
+                {"_target_": "defenses.Clip", "clip": 1.0},
+            ],
+        },
+    },
+    "FedAvg, private": {
+        "rounds": 2,
+        "federation": FEDAVG,
+        "defense": {
+            "_target_": "defenses.Chain",
+            "parts": [
+                {"_target_": "defenses.DPSGD", "clip": 1.0, "epsilon": 8.0},
+                {"_target_": "defenses.DPFedAvg", "clip": 1.0, "noise_multiplier": 0.1},
+            ],
+        },
+    },
 }
 RAY_RUNS = ["FedAvg, FedAdam, a defense with a memory", "FedAvg, sums of masked updates"]  # both keep something on the client
 

@@ -20,7 +20,7 @@ from attacks.rgap import analyse
 from defenses import TopK
 from experiments import scoring
 from experiments.config import build_checked, choices, compose
-from fedsim.models import Classifier, Normalize, Uniform, lenet, mlp, precode_mlp
+from fedsim.models import Classifier, Normalize, Precode, Uniform, lenet, mlp, precode_mlp
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction
 from fedsim.seeding import generator
 from fedsim.setup import setup_of
@@ -64,28 +64,13 @@ def labels_right(found: Reconstruction, images: Tensor, labels: Tensor) -> bool:
 # One image and a linear layer ----------------------------------------------------------------------------------------------------
 
 
-class Bottleneck(nn.Module):
-    """PRECODE's variational bottleneck (Scheliga et al. 2022): mean and deviation of k codes, one drawn, then as wide as before."""
-
-    def __init__(self, width: int, codes: int) -> None:
-        super().__init__()
-        self.encode, self.decode = nn.Linear(width, 2 * codes), nn.Linear(codes, width)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_var = self.encode(features).chunk(2, -1)
-        drawn = mean + (log_var / 2).exp() * torch.randn_like(mean)
-        divergence = (mean.square() + log_var.exp() - log_var - 1).sum(-1).mean() / 2
-        return self.decode(drawn), 1e-3 * divergence
-
-
 def test_a_variational_bottleneck_does_not_protect_the_mlp_it_was_proposed_for() -> None:
     # PRECODE's claim is a success rate of 0 %. Images of the data, the paper's MLP 3072-1024-1024-10, 20 of 20.
     images = setup_of(config()).dataset.train.batch(torch.arange(20))[0]
     labels = torch.arange(20) * 7 % 10
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        plain = precode_mlp(CIFAR, 10, mean=[0.5] * 3, std=[0.25] * 3)
-        model = Classifier(plain.normalize, plain.features, plain.head, Bottleneck(1024, 256))
+        model = precode_mlp(CIFAR, 10, bottleneck=Precode(), mean=[0.5] * 3, std=[0.25] * 3)
         seen = [client(model, images[i : i + 1], labels[i : i + 1]) for i in range(20)]
     found = Analytic()(seen, Knowledge(CIFAR, 10), model, generator(0, "precode"))
     errors = torch.stack([(one.images - images[i : i + 1]).double().square().mean() for i, one in enumerate(found)])
@@ -128,7 +113,7 @@ def test_pixels_that_were_sent_are_exact_whatever_else_was_not() -> None:
     packets, _ = TopK(0.1)(dense.packets, {}, generator(0, "topk"))
     packets["features.1.bias"] = dense.packets["features.1.bias"]
     kept = torch.zeros(127 * 70, dtype=torch.bool)
-    kept[packets["features.1.weight"].support.long()] = True
+    kept[packets["features.1.weight"].support] = True
     columns = kept.reshape(127, 70).any(0)
     assert 20 < columns.sum() < 70  # or the test would not tell
     (found,) = Analytic()([replace(dense, packets=packets)], Knowledge(TINY, 11), model, generator(0, "sparse"))
@@ -517,7 +502,7 @@ class Grouped(nn.Sequential):
         (RGAP(), mlp(TINY, 11, hidden=(5,), dropout=0.5, activation="tanh"), 1, "cannot go back through Dropout(p=0.5"),
         (RGAP(), small_mlp("relu"), 1, "R-GAP cannot go back through ReLU()"),
         (RGAP(), Odd(), 1, "not this Odd"),
-        (RGAP(), Classifier(nn.Identity(), nn.Flatten(), nn.Linear(70, 11), Bottleneck(70, 3)), 1, "Classifier with a bottleneck"),
+        (RGAP(), Classifier(nn.Identity(), nn.Flatten(), nn.Linear(70, 11), Precode(3)((70,))), 1, "Classifier with a bottleneck"),
     ],
 )
 def test_a_model_that_cannot_be_attacked_is_refused_in_one_line(attack: Any, model: nn.Module, size: int, message: str) -> None:

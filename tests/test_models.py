@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, vmap
 
 from fedsim import models
 from fedsim.models import Default, He, Kaiming, Normalize, Uniform, Xavier
+from fedsim.models.zoo import BasicBlock
 from fedsim.seeding import generator
 from fedsim.training import loss_of, split
 
@@ -25,6 +26,8 @@ BUILDERS = {
     "resnet18, none": lambda *a, **k: models.resnet18(*a, norm="none", activation="sigmoid", **k),
     "resnet18, group": lambda *a, **k: models.resnet18(*a, norm="group", **k),
     "resnet18, batch": models.resnet18,
+    "resnet20, batch": models.resnet20,
+    "resnet20, DLG's": lambda *a, **k: models.resnet20(*a, norm="none", activation="sigmoid", strides=False, **k),
 }
 INITS = (Default(), Uniform(-0.5, 0.5), Xavier("uniform"), Xavier("normal", gain=2.0), Kaiming("uniform"), Kaiming("normal"), He())
 
@@ -53,6 +56,12 @@ SIZES = {
     # 32 -> 30 -> 16 -> 14 -> 8: 64 maps of 8x8
     "mcmahan_cnn": (models.mcmahan_cnn, 10, (3 * 25 + 1) * 32 + (32 * 25 + 1) * 64 + (64 * 8 * 8 + 1) * 512 + (512 + 1) * 10),
     "mlp_2nn": (models.mlp_2nn, 10, (3072 + 1) * 200 + (200 + 1) * 200 + (200 + 1) * 10),
+    # 3x3 convolutions without biases: a stem, 6 of 16 maps, 16 -> 32 and 5, 32 -> 64 and 5; scale and shift of each map; 64 to K
+    "resnet20": (
+        models.resnet20,
+        10,
+        9 * (3 * 16 + 6 * 16**2 + 16 * 32 + 5 * 32**2 + 32 * 64 + 5 * 64**2) + 2 * (7 * 16 + 6 * 32 + 6 * 64) + 65 * 10,
+    ),
     "precode_mlp": (models.precode_mlp, 10, (3072 + 1) * 1024 + (1024 + 1) * 1024 + (1024 + 1) * 10),
 }
 
@@ -66,6 +75,7 @@ def test_the_published_sizes_are_met():
     assert count(models.lenet(CIFAR, 10)) == 15_826
     assert count(models.mcmahan_cnn(CIFAR, 10)) == pytest.approx(2.16e6, rel=0.01)
     assert count(models.precode_mlp(CIFAR, 10)) == pytest.approx(4.21e6, rel=0.01)
+    assert count(models.resnet20(CIFAR, 10)) == pytest.approx(0.27e6, rel=0.01)  # He et al. 2016, table 6
 
 
 def test_the_feature_maps_of_the_mcmahan_cnn_are_30_16_14_and_8_wide():
@@ -89,6 +99,28 @@ def test_our_resnet_is_torchvision_s_but_for_the_stem():
     images = torch.rand(2, *CIFAR, generator=generator(0))
     torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
     torch.testing.assert_close(ours.train()(images), theirs.train()(images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("strides", "sides"), [(True, [32, 16, 8]), (False, [32, 32, 32])])
+def test_the_stages_of_resnet20_have_16_32_and_64_maps_of_falling_size(strides, sides):
+    maps, x = [], torch.rand(1, *CIFAR)
+    for layer in models.resnet20(CIFAR, 10, strides=strides).eval().features:
+        x = layer(x)
+        if isinstance(layer, BasicBlock):
+            maps.append(tuple(x.shape[1:3]))
+    assert maps == [(channels, side) for channels, side in zip((16, 32, 64), sides, strict=True) for _ in range(3)]
+
+
+def test_a_shortcut_without_weights_keeps_every_other_pixel_and_adds_zeros():
+    block = BasicBlock(2, 6, 2, "none", "relu", projection=False)
+    for p in block.parameters():
+        nn.init.zeros_(p)  # nothing but the shortcut is left
+    x = torch.rand(3, 2, 7, 5, generator=generator(0))
+    out = block(x)
+    assert out.shape == (3, 6, 4, 3)
+    assert torch.equal(out[:, 2:4], x[:, :, ::2, ::2])
+    assert not out[:, :2].any()
+    assert not out[:, 4:].any()
 
 
 def test_only_batch_norm_has_buffers(build):

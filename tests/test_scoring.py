@@ -6,7 +6,7 @@ import torch
 from attacks import metrics
 from experiments import scoring
 from experiments.config import compose
-from fedsim.client import dropout_seeded
+from fedsim.client import chance_seeded
 from fedsim.observation import Observation, Reconstruction
 from fedsim.seeding import generator, seed_of
 from fedsim.setup import model_of, setup_of
@@ -26,7 +26,7 @@ def observed(setup, round=2, client=1):
     params, buffers = split(setup.model())
     index = setup.protocol.batches(setup.shards[client], setup.seed, round, client)
     model = model_of(setup)
-    with dropout_seeded(model, seed_of(setup.seed, "dropout", round, client)):
+    with chance_seeded(model, setup.batch(index[0])[0], seed_of(setup.seed, "dropout", round, client)):
         trained = setup.protocol.train(model, params, buffers, (setup.batch(i) for i in index))
     return Observation(params, pack(trained.update), len(torch.cat(index)), round, client, buffers, trained.buffers)
 

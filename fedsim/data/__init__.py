@@ -6,7 +6,7 @@ Importing this needs torch and numpy only; what decodes, downloads or partitions
 from fedsim.data.batches import batch_of, batches_of
 from fedsim.data.images import Dataset, Images
 from fedsim.data.partition import IID, ByClass, Dirichlet, Partition, SizeSkewed
-from fedsim.data.sources import NAMES, DataNotFound, check, load
+from fedsim.data.sources import NAMES, DataNotFound, check, image_shape, load
 from fedsim.data.text import Corpus, Sentences, Vocabulary
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "batch_of",
     "batches_of",
     "check",
+    "image_shape",
     "load",
 ]

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from fedsim.checks import one_of
+from fedsim.checks import one_of, whole
 from fedsim.data import cache, synthetic, text
 from fedsim.data.images import Dataset, Images
 from fedsim.data.text import Corpus
@@ -66,6 +67,7 @@ def load(
     *,
     train_size: int | None = None,
     test_size: int | None = None,
+    side: int | None = None,
     seed: int = 0,
     download: bool = False,
     progress: bool = True,
@@ -73,7 +75,8 @@ def load(
     """The dataset `name`, read from `root` ($FEDSIM_DATA, or ~/.cache/fedsim/data).
 
     `train_size` and `test_size` take a random subset, the same for the same `seed`; for `synthetic` they say how many images are
-    made (50,000 and 10,000), and the seed is that of the images. `download` lets torchvision fetch what is not there.
+    made (50,000 and 10,000), and the seed is that of the images. `download` lets torchvision fetch what is not there. Images are
+    resized to `side` x `side` pixels.
 
     `text` is a corpus of sentences, drawn by a grammar (5,000 and 500 of them) or, with a `root`, read from that text file.
     """
@@ -81,9 +84,13 @@ def load(
     for setting, value in (("train_size", train_size), ("test_size", test_size)):
         if value is not None and value < 1:
             raise ValueError(f"{setting} must be at least 1, got {value}")
+    if side is not None:
+        whole("side", side, 8, 512)
     if name == "synthetic":
-        return _synthetic(train_size or 50_000, test_size or 10_000, seed, progress)
+        return _resized(_synthetic(train_size or 50_000, test_size or 10_000, seed, progress), side, progress)
     if name == "text":
+        if side is not None:
+            raise ValueError(f"side is for images, and data=text has none, got {side}")
         if root is None:
             return text.drawn(train_size or 5_000, test_size or 500, seed)
         return text.read(Path(root).expanduser(), train_size, test_size, seed)
@@ -97,11 +104,12 @@ def load(
     if dataset is None:
         dataset = source.read(progress)
         cache.write(path, dataset)
-    return replace(
+    dataset = replace(
         dataset,
         train=_subset(dataset.train, train_size, seed, "train"),
         test=_subset(dataset.test, test_size, seed, "test"),
     )
+    return _resized(dataset, side, progress)
 
 
 def check(name: str, root: str | Path | None = None, *, download: bool = False) -> None:
@@ -132,6 +140,31 @@ def _subset(images: Images, size: int | None, seed: int, split: str) -> Images:
     if size > len(images):
         raise ValueError(f"{split}_size must be at most the {len(images)} images there are, got {size}")
     return images.take(torch.randperm(len(images), generator=generator(seed, "subset", split))[:size].sort().values)
+
+
+def image_shape(name: str, side: int | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the images that `load` makes of the dataset `name`."""
+    channels, height, width = KNOWN[name].shape if name in KNOWN else (3, synthetic.SIDE, synthetic.SIDE)
+    return (channels, side, side) if side else (channels, height, width)
+
+
+def _resized(dataset: Dataset, side: int | None, progress: bool) -> Dataset:
+    """The dataset with its images resized by averaging neighbours, as many as a pixel covers (bilinear with antialiasing)."""
+    if side is None or dataset.image_shape[1:] == (side, side):
+        return dataset
+    count = len(dataset.train) + len(dataset.test)
+    with _bar(f"resizing {dataset.name} to {side}x{side}", count, progress) as advance:
+
+        def resized(images: Images) -> Images:
+            pixels = images.pixels.new_empty(len(images), images.pixels.shape[1], side, side)
+            for start in range(0, len(images), 500):
+                part = images.pixels[start : start + 500].float()
+                made = F.interpolate(part, (side, side), mode="bilinear", antialias=True, align_corners=False)
+                pixels[start : start + 500] = made.round().clamp(0, 255).byte()
+                advance(len(part))
+            return Images(pixels, images.labels)
+
+        return replace(dataset, train=resized(dataset.train), test=resized(dataset.test))
 
 
 def _synthetic(train_size: int, test_size: int, seed: int, progress: bool) -> Dataset:

@@ -2,16 +2,29 @@
 initializations."""
 
 from fedsim.models.bert import Bert, bert_tiny
+from fedsim.models.bottleneck import (
+    Bottleneck,
+    ConvolutionalBottleneck,
+    Dropout,
+    DropoutBottleneck,
+    Precode,
+    Stochastic,
+    VariationalBottleneck,
+)
 from fedsim.models.imprint import Imprinted, ImprintModule, imprinted
 from fedsim.models.init import Default, He, Init, Kaiming, Normal, Uniform, Xavier
 from fedsim.models.layers import ACTIVATIONS, Classifier, Normalize, activation_of, norm_of
-from fedsim.models.zoo import lenet, mcmahan_cnn, mlp, mlp_2nn, precode_mlp, resnet18
+from fedsim.models.zoo import lenet, mcmahan_cnn, mlp, mlp_2nn, precode_mlp, resnet18, resnet20
 
 __all__ = [
     "ACTIVATIONS",
     "Bert",
+    "Bottleneck",
     "Classifier",
+    "ConvolutionalBottleneck",
     "Default",
+    "Dropout",
+    "DropoutBottleneck",
     "He",
     "ImprintModule",
     "Imprinted",
@@ -19,7 +32,10 @@ __all__ = [
     "Kaiming",
     "Normal",
     "Normalize",
+    "Precode",
+    "Stochastic",
     "Uniform",
+    "VariationalBottleneck",
     "Xavier",
     "activation_of",
     "bert_tiny",
@@ -31,4 +47,5 @@ __all__ = [
     "norm_of",
     "precode_mlp",
     "resnet18",
+    "resnet20",
 ]

@@ -67,19 +67,32 @@ class Classifier(nn.Module):
     """Normalised images to features (B, D), then to logits (B, K) by the linear layer `head`.
 
     `head` is the last layer of every model, so "the gradient of the last bias" is that of `head.bias`. A `bottleneck` maps
-    features (B, D) to features of the same width and a scalar penalty; the model then returns (logits, penalty).
+    features to features of the same shape and a scalar penalty; the model then returns (logits, penalty). It stands in front of
+    the head, or of the layer `features[place]`.
     """
 
-    def __init__(self, normalize: nn.Module, features: nn.Module, head: nn.Linear, bottleneck: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        normalize: nn.Module,
+        features: nn.Module,
+        head: nn.Linear,
+        bottleneck: nn.Module | None = None,
+        place: int | None = None,
+    ) -> None:
         super().__init__()
         self.normalize = normalize
         self.features = features
         self.bottleneck = bottleneck
         self.head = head
+        self.place = place
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        features = self.features(self.normalize(images))
+        x = self.normalize(images)
         if self.bottleneck is None:
-            return self.head(features)
-        features, penalty = self.bottleneck(features)
-        return self.head(features), penalty
+            return self.head(self.features(x))
+        if self.place is None:
+            x, penalty = self.bottleneck(self.features(x))
+            return self.head(x), penalty
+        assert isinstance(self.features, nn.Sequential)
+        x, penalty = self.bottleneck(self.features[: self.place](x))
+        return self.head(self.features[self.place :](x)), penalty

@@ -1,7 +1,8 @@
 """The models the papers use, as functions `(image_shape, num_classes, *, mean, std, init, rng, **settings) -> Classifier`.
 
 Images (B, C, H, W) come in [0, 1]; with `mean` and `std` (one for each channel) the first layer normalises them. Weights are
-drawn by `init` from `rng`; without `rng`, from the same stream each time. Global random state is left as it was.
+drawn by `init` from `rng`; without `rng`, from the same stream each time. Global random state is left as it was. A `bottleneck`
+(fedsim.models.bottleneck) stands between two layers, and its weights are drawn last: the others are those of the model without it.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsim.checks import whole
+from fedsim.models.bottleneck import Bottleneck
 from fedsim.models.init import Default, Init, Uniform
 from fedsim.models.layers import Classifier, Normalize, activation_of, norm_of
 from fedsim.seeding import generator
@@ -25,6 +28,7 @@ def lenet(
     *,
     convs: int = 3,
     activation: str = "sigmoid",
+    bottleneck: Bottleneck | None = None,
     mean: Statistics = None,
     std: Statistics = None,
     init: Init = Uniform(-0.5, 0.5),
@@ -38,14 +42,14 @@ def lenet(
     if convs < 2:
         raise ValueError(f"convs must be at least 2, got {convs}")
 
-    def features() -> nn.Module:
+    def features() -> nn.Sequential:
         layers: list[nn.Module] = []
         for i in range(convs):
             channels = 12 if i else image_shape[0]
             layers += [nn.Conv2d(channels, 12, 5, stride=2 if i < 2 else 1, padding=2), activation_of(activation)]
         return nn.Sequential(*layers, nn.Flatten())
 
-    return _build(features, image_shape, num_classes, mean, std, init, rng)
+    return _build(features, image_shape, num_classes, bottleneck, mean, std, init, rng)
 
 
 def mcmahan_cnn(
@@ -55,6 +59,7 @@ def mcmahan_cnn(
     norm: str = "none",
     activation: str = "relu",
     dropout: float = 0.0,
+    bottleneck: Bottleneck | None = None,
     mean: Statistics = None,
     std: Statistics = None,
     init: Init = Default(),
@@ -66,16 +71,16 @@ def mcmahan_cnn(
     """
     channels = image_shape[0]
 
-    def features() -> nn.Module:
+    def features() -> nn.Sequential:
         maps = nn.Sequential(
             *(nn.Conv2d(channels, 32, 5, padding=1), norm_of(norm, 32), activation_of(activation), nn.MaxPool2d(2, padding=1)),
             *(nn.Conv2d(32, 64, 5, padding=1), norm_of(norm, 64), activation_of(activation), nn.MaxPool2d(2, padding=1)),
             nn.Flatten(),
         )
-        hidden = (nn.Linear(_width(maps, image_shape), 512), activation_of(activation), *_dropout(dropout))
+        hidden = (nn.Linear(_shape(maps, image_shape)[0], 512), activation_of(activation), *_dropout(dropout))
         return nn.Sequential(*maps, *hidden)
 
-    return _build(features, image_shape, num_classes, mean, std, init, rng)
+    return _build(features, image_shape, num_classes, bottleneck, mean, std, init, rng)
 
 
 def mlp(
@@ -85,6 +90,7 @@ def mlp(
     hidden: Sequence[int] = (1024, 1024),
     activation: str = "relu",
     dropout: float = 0.0,
+    bottleneck: Bottleneck | None = None,
     mean: Statistics = None,
     std: Statistics = None,
     init: Init = Default(),
@@ -92,7 +98,7 @@ def mlp(
 ) -> Classifier:
     """Linear layers of `hidden` units on the flattened image."""
 
-    def features() -> nn.Module:
+    def features() -> nn.Sequential:
         channels, height, width = image_shape
         widths = (channels * height * width, *hidden)
         layers: list[nn.Module] = [nn.Flatten()]
@@ -100,7 +106,7 @@ def mlp(
             layers += [nn.Linear(before, after), activation_of(activation), *_dropout(dropout)]
         return nn.Sequential(*layers)
 
-    return _build(features, image_shape, num_classes, mean, std, init, rng)
+    return _build(features, image_shape, num_classes, bottleneck, mean, std, init, rng)
 
 
 def mlp_2nn(image_shape: ImageShape, num_classes: int, **settings: Any) -> Classifier:
@@ -123,6 +129,7 @@ def resnet18(
     *,
     norm: str = "batch",
     activation: str = "relu",
+    bottleneck: Bottleneck | None = None,
     mean: Statistics = None,
     std: Statistics = None,
     init: Init = Default(),
@@ -134,7 +141,7 @@ def resnet18(
     statistics, which are sent besides the parameters, and cannot run under vmap in training mode.
     """
 
-    def features() -> nn.Module:
+    def features() -> nn.Sequential:
         stem = (_conv3x3(image_shape[0], 64, 1), norm_of(norm, 64), activation_of(activation))
         blocks, before = [], 64
         for stage, channels in enumerate((64, 128, 256, 512)):
@@ -143,26 +150,74 @@ def resnet18(
                 before = channels
         return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
-    return _build(features, image_shape, num_classes, mean, std, init, rng)
+    return _build(features, image_shape, num_classes, bottleneck, mean, std, init, rng)
+
+
+def resnet20(
+    image_shape: ImageShape,
+    num_classes: int,
+    *,
+    norm: str = "batch",
+    activation: str = "relu",
+    strides: bool = True,
+    bottleneck: Bottleneck | None = None,
+    mean: Statistics = None,
+    std: Statistics = None,
+    init: Init = Default(),
+    rng: torch.Generator | None = None,
+) -> Classifier:
+    """ResNet-20 for small images (He et al. 2016, section 4.2): 3 stages of 3 blocks, shortcuts without weights, 0.27 M parameters.
+
+    `norm="none", activation="sigmoid", strides=False` is what DLG makes of a ResNet, so that it can be differentiated twice and
+    loses no pixel (Zhu et al. 2019, section 4.1). Without strides all maps are as large as the image, at seven times the cost.
+    """
+
+    def features() -> nn.Sequential:
+        stem = (_conv3x3(image_shape[0], 16, 1), norm_of(norm, 16), activation_of(activation))
+        blocks, before = [], 16
+        for stage, channels in enumerate((16, 32, 64)):
+            for block in range(3):
+                stride = 2 if strides and stage and not block else 1
+                blocks.append(BasicBlock(before, channels, stride, norm, activation, projection=False))
+                before = channels
+        return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    return _build(features, image_shape, num_classes, bottleneck, mean, std, init, rng)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al. 2016, option B)."""
+    """Two 3x3 convolutions beside a shortcut: a `projection` where shapes differ (He et al. 2016, option B), or pixels left out and
+    channels of zeros added (option A)."""
 
-    def __init__(self, before: int, channels: int, stride: int, norm: str, activation: str) -> None:
+    def __init__(self, before: int, channels: int, stride: int, norm: str, activation: str, projection: bool = True) -> None:
         super().__init__()
         self.residual = nn.Sequential(
             *(_conv3x3(before, channels, stride), norm_of(norm, channels), activation_of(activation)),
             *(_conv3x3(channels, channels, 1), norm_of(norm, channels)),
         )
-        same = stride == 1 and before == channels
-        self.shortcut = (
-            nn.Identity() if same else nn.Sequential(nn.Conv2d(before, channels, 1, stride, bias=False), norm_of(norm, channels))
-        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or before != channels:
+            self.shortcut = (
+                nn.Sequential(nn.Conv2d(before, channels, 1, stride, bias=False), norm_of(norm, channels))
+                if projection
+                else Padded(channels - before, stride)
+            )
         self.activation = activation_of(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.residual(x) + self.shortcut(x))
+
+
+class Padded(nn.Module):
+    """Every `stride`-th pixel in both directions, and `more` channels of zeros, half of them in front."""
+
+    def __init__(self, more: int, stride: int) -> None:
+        super().__init__()
+        self.more, self.stride = more, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        front = self.more // 2
+        return nn.functional.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, front, self.more - front))
 
 
 def _conv3x3(before: int, after: int, stride: int) -> nn.Conv2d:
@@ -175,18 +230,31 @@ def _dropout(p: float) -> tuple[nn.Module, ...]:
     return (nn.Dropout(p),) if p else ()
 
 
-def _width(features: nn.Module, image_shape: ImageShape) -> int:
-    """D of the features (B, D) that one blank image gives."""
+def _shape(features: nn.Module, image_shape: ImageShape) -> tuple[int, ...]:
+    """Shape of the features that one blank image gives."""
     with torch.no_grad():
-        width = features.eval()(torch.zeros(1, *image_shape)).shape[1]
+        shape = features.eval()(torch.zeros(1, *image_shape)).shape[1:]
     features.train()
-    return width
+    return tuple(shape)
+
+
+def _place(features: nn.Sequential, after: int | None) -> int:
+    """Where a bottleneck stands that has `after` layers with weights in front of it; None takes all of them."""
+    norms = nn.modules.batchnorm._NormBase | nn.GroupNorm
+    layers = [i for i, layer in enumerate(features) if not isinstance(layer, norms) and any(True for _ in layer.parameters())]
+    if after is not None:
+        whole("bottleneck.after", after, 1, len(layers))
+    place = len(features) if after in (None, len(layers)) else layers[after]
+    while isinstance(features[place - 1], nn.Flatten):  # feature maps are still maps there
+        place -= 1
+    return place
 
 
 def _build(
-    features: Callable[[], nn.Module],
+    features: Callable[[], nn.Sequential],
     image_shape: ImageShape,
     num_classes: int,
+    bottleneck: Bottleneck | None,
     mean: Statistics,
     std: Statistics,
     init: Init,
@@ -201,6 +269,13 @@ def _build(
     normalize = nn.Identity() if mean is None or std is None else Normalize(mean, std)
     with torch.random.fork_rng(devices=[]):  # PyTorch's layers draw from the global stream as they are made
         body = features()
-        model = Classifier(normalize, body, nn.Linear(_width(body, image_shape), num_classes))
-    init(model, rng or generator(0, "init"))
-    return model
+        model = Classifier(normalize, body, nn.Linear(_shape(body, image_shape)[0], num_classes))
+    rng = rng or generator(0, "init")
+    init(model, rng)
+    if bottleneck is None:
+        return model
+    place = _place(body, bottleneck.after)
+    with torch.random.fork_rng(devices=[]):
+        module = bottleneck(_shape(body[:place], image_shape))
+    init(module, rng)
+    return Classifier(normalize, body, model.head, module, place)
