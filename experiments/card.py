@@ -16,7 +16,7 @@ from fedsim.seeding import generator
 from fedsim.setup import Setup
 from fedsim.tap import Tap
 from fedsim.training import split
-from fedsim.wire import pack
+from fedsim.wire import nbytes, pack
 
 GRADIENT_MATCHING_BATCH = 8  # Zhu et al. 2019 stop here; beyond it one gradient has too many explanations
 
@@ -189,8 +189,8 @@ def _sum(setup: Setup, secure: Secure) -> str:
     sent, _ = setup.defense(pack(params), setup.defense.init(params), generator(0, "card"))
     if any(packet.support is not None for packet in sent.values()):
         return f"{seen}. Dense vectors travel, so sparsifying saves nothing, and what one client alone sends stands in it as it is"
-    if any(packet.grid is not None for packet in sent.values()):
-        return f"{seen}. {secure.bits} bits an entry travel, so quantizing saves nothing"
+    if sum(map(nbytes, sent.values())) < sum(map(nbytes, pack(params).values())):
+        return f"{seen}. Dense vectors of {secure.bits} bits an entry travel, so compressing saves nothing"
     return seen
 
 

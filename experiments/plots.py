@@ -384,7 +384,8 @@ def _pictures(folders: Sequence[RunFolder], attack: str, columns: int = 8) -> Fi
         axes.set_title(f"round {round}\nclient {client}", fontsize=8)
     _row_title(grid[0][0], "original")
     for line, (name, (folder, table)) in zip(grid[1:], rows.items(), strict=True):
-        _row_title(line[0], ("stolen,\n" if name.startswith("none") else "despite\n") + name.replace(" ", "\n"))
+        undefended = name.startswith("none") and "secure aggregation" not in name
+        _row_title(line[0], ("stolen,\n" if undefended else "despite\n") + name.replace(" ", "\n"))
         here = [victim for victim in victims if victim in table.index]
         order = sorted(here, key=lambda victim: table.loc[victim, "mse"])
         for axes, victim in zip(line, victims, strict=True):

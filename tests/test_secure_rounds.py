@@ -76,6 +76,12 @@ def test_the_result_depends_neither_on_the_masks_nor_on_the_number_of_workers():
         assert same == [not a.masked for a in one.seen]
 
 
+def test_a_masked_run_that_goes_on_from_a_checkpoint_ends_as_one_that_never_stopped():
+    made = config(strategy={"_target_": FLOWER + "FedAdam"}, federation=FEDAVG, aggregation=SECURE)
+    whole = federate(made, rounds=4)
+    assert_same(federate(made, rounds=4, start=whole.checkpoints[2]).weights, whole.weights)
+
+
 def test_seeded_masks_are_the_same_each_time():
     one, again = (federate(config(aggregation=SEEDED), Inline(n)).seen for n in (1, 2))
     assert any(a.masked for a in one)
@@ -377,7 +383,8 @@ def test_the_card_says_what_is_masked_and_what_is_seen():
     assert lines["update"].startswith("masked")
     assert lines["sum"] == "seen: of 4 clients, or at least 3; also how many examples each has"
     assert "sparsifying saves nothing, and what one client alone sends stands in it as it is" in told("defense=topk")["sum"]
-    assert "quantizing saves nothing" in told("defense=stochastic")["sum"]
+    for defense in ("stochastic", "kmeans", "powersgd"):
+        assert "Dense vectors of 32 bits an entry travel, so compressing saves nothing" in told(f"defense={defense}")["sum"]
     assert "nothing is hidden; federation.per_round=2 or more" in told("federation.per_round=1")["sum"]
     assert "sum" not in dict(card(setup_of(compose(SMALL)), Tap(), "dlg", "none"))
 
