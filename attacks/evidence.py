@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedsim.defense import Belief, Beliefs, beliefs_of
 from fedsim.observation import Knowledge, Observation, Reconstruction
 from fedsim.training import batch_loss
 from fedsim.updates import Update
@@ -27,18 +28,51 @@ def size_of(seen: Observation, known: Knowledge) -> int:
 
 def gradient_of(seen: Observation, known: Knowledge) -> Update:
     """The update as a mean gradient: several local steps are taken for one, lr times their number long."""
-    scale = (known.lr or 1.0) * (known.local_steps or 1)
+    scale = step_length(known)
     return {name: t / scale for name, t in seen.update.items()}
+
+
+def step_length(known: Knowledge) -> float:
+    """What an update is in units of gradients: several local steps are taken for one, lr times their number long."""
+    return (known.lr or 1.0) * (known.local_steps or 1)
+
+
+def believed(seen: Observation, known: Knowledge, *, scale: float = 1.0) -> Beliefs:
+    """What an attacker who knows `known.defense` can say of the update, divided by `scale`.
+
+    The weight of an entry that was sent is here how far its value can be trusted beside the others': one on a coarse lattice less.
+    """
+    beliefs = beliefs_of(seen.packets, known.defense)
+    widths = {name: (b.high - b.low).nan_to_num(posinf=0.0) * seen.packets[name].sent() for name, b in beliefs.items()}
+    squares = sum(float(w.square().sum(dtype=torch.float64)) for w in widths.values())
+    typical = squares / max(1, sum(int((w > 0).sum()) for w in widths.values()))
+    told = {}
+    for name, b in beliefs.items():
+        sent = seen.packets[name].sent()
+        trust = typical / (typical + widths[name].square()) if typical else torch.ones_like(b.weight)
+        told[name] = Belief(b.value / scale, b.low / scale, b.high / scale, torch.where(sent, trust, b.weight))
+    return told
+
+
+def completed(candidate: Mapping[str, Tensor], beliefs: Mapping[str, Belief]) -> dict[str, Tensor]:
+    """The update that a candidate's is held against where beliefs stand in for an observed one. Differentiable.
+
+    An entry that is known stays what it is. One of which only bounds are known (weight 0) becomes the candidate's own, clamped to
+    them. One with both, such as a quantizer's cell and its centre, is sqrt(weight) of the distance from the value away, and beyond
+    the bounds as much again as from the nearer one: a squared gap weighs the centre by `weight`, and minds leaving the cell.
+    """
+    done = {}
+    for name, b in beliefs.items():
+        g, root = candidate[name], b.weight.sqrt()
+        beyond = torch.where(b.low < b.high, 1.0, 1 - root) * (g - g.clamp(b.low, b.high))
+        done[name] = g - root * (g - b.value) - beyond
+    return done
 
 
 def sent_entries(seen: Observation, name: str) -> Tensor | None:
     """Which entries of a tensor were sent, bool in its shape; None if all of them were."""
     packet = seen.packets[name]
-    if packet.support is None:
-        return None
-    mask = torch.zeros(packet.shape, dtype=torch.bool, device=packet.values.device)
-    mask.view(-1)[packet.support.long()] = True
-    return mask
+    return None if packet.support is None or packet.rank is not None else packet.sent()
 
 
 def relative_gap(seen: Observation, known: Knowledge, model: nn.Module, images: Tensor, labels: Tensor) -> float:

@@ -11,33 +11,35 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from attacks.adaptive import as_buffers, hidden_noises, in_front_of_noise, sampled
 from attacks.batching import alike, streams
-from attacks.evidence import gradient_of, size_of
+from attacks.evidence import believed, completed, gradient_of, size_of, step_length
+from attacks.factored import gradients_of
+from attacks.hidden_noise import as_buffers, hidden_noises, in_front_of_noise, sampled
 from attacks.labels import analytic_labels
 from attacks.lanes import WIDTH, innermost, lanes, library
 from attacks.metrics import match
 from attacks.optimizers import LBFGS, Minima, Optimizer, Stop, minimise
-from attacks.terms import Gap, Gradients, Prior, SquaredGap
+from attacks.terms import Candidates, Gap, Gradients, Observed, Prior, SquaredGap, distance
+from fedsim.defense import Belief, Explained
 from fedsim.models import Stochastic
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction, Trace
 from fedsim.seeding import generator
-from fedsim.training import local_update, stacked_loss
+from fedsim.training import batch_loss, local_update, stacked_loss
 
 CHUNK = {"cpu": 48, "cuda": 1024}  # problems at a time, where memory allows: measured, more does not help
 MEMORY = 2**31  # bytes one chunk may take
 SMALL = 2**18  # parameters; measured, larger networks are as fast on PyTorch's kernels, and not held up by the last few searches
-ALONE = 8  # victims that are not worth a second worker
+ALONE = 8  # victims of a small network that are not worth a second worker
 TILE = 4  # side of the pattern that init="tiles" repeats
 
 
@@ -49,7 +51,9 @@ class GradientMatching:
     for large and small updates.
 
     Threat model: an honest but curious server, or anyone who reads the wire. It knows the model, the broadcast parameters, one
-    client's update, the image shape and the number of classes; `labels` says where the labels come from.
+    client's update, the image shape and the number of classes; `labels` says where the labels come from. One who knows the clients'
+    defense (`known.defense`) measures the gap to the nearest update that could have been sent as what was seen: entries that were
+    not sent, or only as the cell of a quantizer, count where the candidate leaves the bounds that the defense leaves.
 
     gap          distance between updates
     priors       what is known about images
@@ -82,8 +86,8 @@ class GradientMatching:
     dtype        "float32" or "float64"
     record       keep a `Trace`: the best point at every `record`-th evaluation; 0 keeps none
     chunk        problems computed at a time; None chooses from the memory they take. No influence on the result but by rounding
-    workers      threads that share the victims on a CPU, a core each; None takes all cores, 8 victims a worker at least. No
-                 influence on the result but by rounding
+    workers      threads that share the victims on a CPU, a core each; None takes all cores, but leaves a worker 8 victims of a
+                 small network. No influence on the result but by rounding
     """
 
     gap: Gap = SquaredGap()
@@ -234,7 +238,8 @@ class GradientMatching:
         chunk = self.chunk or chunk
         draws = not torch.equal(state, torch.get_rng_state())  # threads would share the stream that such a model draws from
         torch.set_rng_state(state)
-        workers = 1 if draws or group.device.type != "cpu" else self.workers or max(1, min(_cores(), v // ALONE))
+        least = 1 if group.parameters > SMALL else ALONE
+        workers = 1 if draws or group.device.type != "cpu" else self.workers or max(1, min(_cores(), v // least))
         minima = (
             self._minimise(group, starts, chunk, report) if workers == 1 else self._shared(group, starts, chunk, report, workers)
         )
@@ -341,6 +346,7 @@ class Problems:
     """V victims of equal shapes: what was broadcast and sent, stacked, and how to evaluate candidates against it.
 
     training  how a candidate is trained on, as settings of `local_update`
+    beliefs   of an attacker who knows the defense, what is possible in place of `target`
     """
 
     attack: GradientMatching
@@ -351,15 +357,18 @@ class Problems:
     target: dict[str, Tensor]
     image_shape: tuple[int, ...]  # (C, H, W)
     num_classes: int
-    training: dict[str, float]
+    training: dict[str, Any]
+    beliefs: dict[str, Belief] | None = None
     labels: Tensor | None = None  # (V, copies * n), or None when they are optimised too
     stopped: threading.Event | None = None  # set when nobody waits for the result any more
 
     def __post_init__(self) -> None:
-        unit = self.attack.gap.unit(self.target)
+        nothing = {name: torch.zeros_like(t) for name, t in self.target.items()}
+        unit = self.attack.gap.unit(self.target if self.beliefs is None else completed(nothing, self.beliefs))
         self.unit = torch.where(unit > 0, unit, 1)  # an update of zeros is explained by a gradient of zeros
         self._rows: Tensor | None = None
-        self._gathered: tuple[dict[str, Tensor], ...] = ()
+        self._gathered: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]] = {}, {}, {}
+        self._possible: dict[str, Belief] | None = None
         channels = self.image_shape[0]
         self._filters = torch.randn(64, channels, 5, 5, generator=generator(0, "agreement")).to(self.device, self.dtype)
 
@@ -394,6 +403,14 @@ class Problems:
             return {name: t.to(dtype) if t.is_floating_point() else t for name, t in stacked.items()}
 
         target = stack([one.update if len(plan.steps) > 1 else gradient_of(one, known) for one in seen])
+        beliefs = None
+        if isinstance(known.defense, Explained):
+            scale = 1.0 if len(plan.steps) > 1 else step_length(known)
+            every = [believed(one, known, scale=scale) for one in seen]
+            beliefs = {
+                name: Belief(*(torch.stack([getattr(b[name], part) for b in every]).to(dtype) for part in _parts(Belief)))
+                for name in every[0]
+            }
         return cls(
             attack=attack,
             plan=plan,
@@ -401,6 +418,7 @@ class Problems:
             params=stack([one.params for one in seen]),
             buffers=stack([one.buffers for one in seen]),
             target={name: target[name] for name in matched},
+            beliefs=None if beliefs is None else {name: beliefs[name] for name in matched},
             image_shape=known.image_shape,
             num_classes=known.num_classes,
             training=training,
@@ -415,6 +433,7 @@ class Problems:
             params=params,
             buffers=buffers,
             target=target,
+            beliefs=None if self.beliefs is None else {n: _each(b, lambda t: t[rows]) for n, b in self.beliefs.items()},
             labels=None if self.labels is None else self.labels[rows],
             stopped=stopped,
         )
@@ -427,9 +446,14 @@ class Problems:
 
         Said of all problems, not of those that are computed at a time, since the two roads round differently.
         """
-        small = sum(t[0].numel() for t in self.params.values()) <= SMALL
+        small = self.parameters <= SMALL
         many = len(self.unit) * self.attack.restarts >= WIDTH // 2
         return small and many and self.device.type == "cpu" and self.dtype == torch.float32 and library() is not None
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of one network."""
+        return sum(t[0].numel() for t in self.params.values())
 
     @property
     def device(self) -> torch.device:
@@ -526,7 +550,7 @@ class Problems:
 
         def layers(points: Tensor, problems: Tensor) -> Tensor:
             updates, target = self._updates(points.detach(), problems)
-            far = [(updates[name] - t).square().flatten(1).sum(1).detach() for name, t in target.items()]
+            far = [distance(updates[name], t).detach() for name, t in target.items()]
             return torch.stack(far, 1)[: len(points)]
 
         far = in_chunks(layers, points, torch.full((len(points),), problem, device=points.device), chunk)
@@ -541,13 +565,22 @@ class Problems:
         updates, target = self._updates(points, problems)
         return self.attack.gap(updates, target)[: len(points)]
 
-    def _updates(self, points: Tensor, problems: Tensor) -> tuple[Gradients, Gradients]:
+    def _updates(self, points: Tensor, problems: Tensor) -> tuple[Candidates, Gradients]:
         """The candidates' updates, differentiable in the points, and the observed ones; filled up to whole registers."""
         if self.lanes and (missing := -len(points) % WIDTH):
             points = torch.cat([points, points[-1:].expand(missing, -1)])
             problems = torch.cat([problems, problems[-1:].expand(missing)])
         params, buffers, target = self._gather(problems)
         images, labels = self.images(points), self.probabilities(points, problems)
+        buffers = {**buffers, **self.noises(points)}
+        if len(points) == 1 and len(self.plan.steps) == 1 and self._possible is None:
+
+            def loss(leaves: Mapping[str, Tensor]) -> Tensor:
+                return batch_loss(self.model, leaves, own, images[0], labels[0], penalty=self.attack.penalty)
+
+            own = {n: t[0].clone() for n, t in buffers.items()}  # BatchNorm in training mode writes to them
+            found = gradients_of(loss, {n: t[0] for n, t in params.items()})
+            return {n: t[None] if isinstance(t, Tensor) else t for n, t in found.items()}, target
         steps = (
             [torch.tensor(step, device=points.device) for step in self.plan.steps] if len(self.plan.steps) > 1 else [slice(None)]
         )
@@ -555,13 +588,13 @@ class Problems:
             trained = local_update(
                 self.model,
                 params,
-                {**buffers, **self.noises(points)},
+                buffers,
                 ((images[:, step], labels[:, step]) for step in steps),
                 **self.training,
                 loss_of_batch=partial(stacked_loss, penalty=self.attack.penalty),
                 differentiable=True,
             )
-        return trained.update, target
+        return trained.update, target if self._possible is None else completed(trained.update, self._possible)
 
     def _disagreement(self, images: Tensor) -> Tensor:
         """(P,) variance over epochs of the mean over their images of random features, relative to their size."""
@@ -617,10 +650,13 @@ class Problems:
         if self._rows is None or not torch.equal(self._rows, problems):
             self._rows = problems.clone()
             place = innermost if self.lanes else lambda t: t
-            parts = (self.params, self.buffers, self.target)
-            self._gathered = tuple({n: place(t[problems]) for n, t in part.items()} for part in parts)
-        params, buffers, target = self._gathered
-        return params, buffers, target
+            params, buffers, target = (
+                {n: place(t[problems]) for n, t in part.items()} for part in (self.params, self.buffers, self.target)
+            )
+            self._gathered = params, buffers, Observed(target)
+            if self.beliefs is not None:
+                self._possible = {n: _each(b, lambda t: place(t[problems])) for n, b in self.beliefs.items()}
+        return self._gathered
 
     def chunk(self, point: Tensor, optimizer: Optimizer) -> int:
         """Problems to compute at a time, by what one saves for its backward passes."""
@@ -635,7 +671,17 @@ class Problems:
             self.evaluate(point, torch.zeros(1, dtype=torch.int64, device=point.device))
         memory = 2 * optimizer.history if isinstance(optimizer, LBFGS) else 2
         saved += (memory + 8) * point.numel() * point.element_size()
+        if self.device.type == "cpu" and self.parameters > SMALL:
+            return 1  # one network of this size fills a core, and a layer of problems would fetch more from memory
         return max(1, min(CHUNK.get(self.device.type, CHUNK["cpu"]), MEMORY // saved))
+
+
+def _parts(kind: type) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def _each(belief: Belief, change: Callable[[Tensor], Tensor]) -> Belief:
+    return Belief(*(change(getattr(belief, part)) for part in _parts(Belief)))
 
 
 def _cores() -> int:

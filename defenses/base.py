@@ -1,14 +1,39 @@
-"""Defenses that are made of other defenses, and the one that does nothing."""
+"""Defenses that are made of other defenses, the one that does nothing, and what those share that treat each tensor by itself."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
+from torch import Tensor, nn
 
-from fedsim.defense import Belief, Beliefs, Defense, Explained, State
+from fedsim.defense import BatchDefense, Belief, Beliefs, Defense, Explained, Exposure, GradientDefense, Guarantee, Private, State
+from fedsim.training import Batch, batch_gradients
 from fedsim.updates import Update
-from fedsim.wire import Packets, pack, unpack
+from fedsim.wire import Packet, Packets, pack, unpack
+
+
+class TensorByTensor(ABC):
+    """A defense without a memory that treats each tensor that has entries by itself."""
+
+    def init(self, like: Update) -> State:
+        return {}
+
+    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
+        return {name: self.send(p, rng) if p.values.numel() else p for name, p in packets.items()}, state
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        return {name: self.tell(packets[name], belief) for name, belief in beliefs.items()}
+
+    @abstractmethod
+    def send(self, packet: Packet, rng: torch.Generator) -> Packet:
+        """What to send instead of `packet`, which has values."""
+
+    @abstractmethod
+    def tell(self, packet: Packet, belief: Belief) -> Belief:
+        """`explain` for one tensor."""
+
 
 T = TypeVar("T")
 
@@ -23,6 +48,9 @@ class NoDefense:
     def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
         return packets, state
 
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        return dict(beliefs)
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -36,6 +64,9 @@ class Chain:
         for part in parts:
             if not _is_defense(part):
                 raise TypeError(f"a chain is made of defenses, got {part!r}")
+        computing = [part for part in parts if replaces_gradient(part)]
+        if len(computing) > 1:
+            raise ValueError(f"one part of a chain can compute the gradient, got {computing[0]!r} and {computing[1]!r}")
         object.__setattr__(self, "parts", tuple(parts))
 
     def init(self, like: Update) -> State:
@@ -47,6 +78,48 @@ class Chain:
             packets, new = part(packets, _within(f"{i}/", state), rng)
             after |= {f"{i}/{key}": t for key, t in new.items()}
         return packets, after
+
+    def batch(self, images: Tensor, labels: Tensor, classes: int, rng: torch.Generator) -> Batch:
+        for part in self.parts:
+            if isinstance(part, BatchDefense):
+                images, labels = part.batch(images, labels, classes, rng)
+        return images, labels
+
+    def gradients(
+        self,
+        model: nn.Module,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        images: Tensor,
+        labels: Tensor,
+        step: int,
+        rng: torch.Generator,
+    ) -> tuple[Tensor, Update]:
+        for part in self.parts:
+            if isinstance(part, GradientDefense) and replaces_gradient(part):
+                return part.gradients(model, params, buffers, images, labels, step, rng)
+        return batch_gradients(model, params, buffers, images, labels)
+
+    def guarantee(self, exposures: Sequence[Exposure]) -> Guarantee | None:
+        """The strongest of its parts': what comes after is post-processing, what comes before part of the data's function."""
+        mixed = any(getattr(part, "mixes", False) for part in self.parts)
+        found = [made for part in self.parts if isinstance(part, Private) and (made := part.guarantee(exposures)) is not None]
+        # One image in several mixtures has several clipped gradients, and no proof.
+        found = [made for made in found if made.unit == "client" or not mixed]
+        return min(found, key=lambda made: made.epsilon, default=None)
+
+    def planned(self, exposures: Sequence[Exposure]) -> "Chain":
+        return Chain([part.planned(exposures) if isinstance(part, Private) else part for part in self.parts])
+
+    @property
+    def mixes(self) -> bool:
+        return any(getattr(part, "mixes", False) for part in self.parts)
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        told = dict(beliefs)
+        for part in reversed(self.parts):
+            told = part.explain(packets, told) if isinstance(part, Explained) else told
+        return told
 
 
 @dataclass(frozen=True)
@@ -73,6 +146,46 @@ class ErrorFeedback:
         sent, inner = self.inner(pack(wanted), _within("inner/", state), rng)
         dropped = {f"residual/{name}": wanted[name] - t for name, t in unpack(sent).items()}
         return sent, dropped | {f"inner/{key}": t for key, t in inner.items()}
+
+    def batch(self, images: Tensor, labels: Tensor, classes: int, rng: torch.Generator) -> Batch:
+        return Chain((self.inner,)).batch(images, labels, classes, rng)
+
+    def gradients(
+        self,
+        model: nn.Module,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        images: Tensor,
+        labels: Tensor,
+        step: int,
+        rng: torch.Generator,
+    ) -> tuple[Tensor, Update]:
+        return Chain((self.inner,)).gradients(model, params, buffers, images, labels, step, rng)
+
+    def guarantee(self, exposures: Sequence[Exposure]) -> Guarantee | None:
+        """That of `inner`, which holds whatever the memory adds to what it is given."""
+        return Chain((self.inner,)).guarantee(exposures)
+
+    def planned(self, exposures: Sequence[Exposure]) -> "ErrorFeedback":
+        return replace(self, inner=self.inner.planned(exposures)) if isinstance(self.inner, Private) else self
+
+    @property
+    def mixes(self) -> bool:
+        return Chain((self.inner,)).mixes
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        """No bounds: what `inner` leaves possible is said of the update plus the residual, which a message does not tell apart.
+
+        In a client's first round the residual is zero, and `inner.explain` is sound of the update itself.
+        """
+        told = self.inner.explain(packets, beliefs) if isinstance(self.inner, Explained) else dict(beliefs)
+        return {name: belief.unbounded(packets[name].sent()) for name, belief in told.items()}
+
+
+def replaces_gradient(defense: object) -> bool:
+    """Whether a defense, or one that it is made of, computes another gradient than the batch's."""
+    inner = (*getattr(defense, "parts", ()), *([defense.inner] if isinstance(defense, ErrorFeedback) else []))
+    return any(map(replaces_gradient, inner)) if inner else isinstance(defense, GradientDefense)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ a share of the length of the update, which alone does not depend on the model, t
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fedsim.checks import number
-from fedsim.defense import State
+from fedsim.defense import Belief, Beliefs, State
 from fedsim.updates import Update
 from fedsim.wire import Packets
 
@@ -58,6 +59,9 @@ class GaussianNoise:
 
         return {name: replace(p, values=noisy(p.values), grid=None) for name, p in packets.items()}, state
 
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        return {name: belief.unbounded(packets[name].sent()) for name, belief in beliefs.items()}
+
 
 @dataclass(frozen=True)
 class LaplacianNoise:
@@ -83,3 +87,6 @@ class LaplacianNoise:
             return values + (b * draw).float()
 
         return {name: replace(p, values=noisy(p.values), grid=None) for name, p in packets.items()}, state
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        return {name: belief.unbounded(packets[name].sent()) for name, belief in beliefs.items()}

@@ -6,11 +6,17 @@ from torch import nn
 
 from attacks import LBFGS, SPEAR, BagOfTokens, GradientMatching, Imprint, SpanCheck
 from fedsim import servers
+from fedsim.accounting import quoted_epsilon, reconstruction_bound
 from fedsim.data import Corpus
+from fedsim.defense import Guarantee, Private
 from fedsim.models import Bert, Stochastic
 from fedsim.protocols import FedAvg, FedSGD
+from fedsim.secure_aggregation import Secure
+from fedsim.seeding import generator
 from fedsim.setup import Setup
 from fedsim.tap import Tap
+from fedsim.training import split
+from fedsim.wire import pack
 
 GRADIENT_MATCHING_BATCH = 8  # Zhu et al. 2019 stop here; beyond it one gradient has too many explanations
 
@@ -19,6 +25,8 @@ LOOKS = {
     "warn": "look for a malicious server's traps, and warn",
     "refuse": "look for a malicious server's traps, and send nothing where they find one",
 }
+GUESS = 0.1  # success of an attacker who sees nothing, for which the bound on reconstruction is told
+LONELY = "none: the defense mixes the images of a batch, and a batch has one; federation.batch_size=4"
 SPEAR_BATCH = 16  # what it recovers within seconds on 200 hidden units
 SPAN_BATCH = 4  # what `SpanCheck` was seen to put together
 
@@ -34,8 +42,11 @@ def card(setup: Setup, tap: Tap, attack: str, defense: str) -> list[tuple[str, s
         ("weights", "seen: those broadcast each round"),
         (
             "update",
-            f"seen, as the defense ({defense}) left it: " + ("the gradient of one batch" if one_gradient else "weights moved"),
+            ("masked" if isinstance(setup.aggregation, Secure) else "seen")
+            + f", as the defense ({defense}) left it: "
+            + ("the gradient of one batch" if one_gradient else "weights moved"),
         ),
+        *([("sum", _sum(setup, setup.aggregation))] if isinstance(setup.aggregation, Secure) else []),
         ("labels", "not told"),
         ("other images", f"{len(setup.dataset.test)} test {_examples(setup)}, no client's, for attacks that use any: gias"),
         (
@@ -46,8 +57,35 @@ def card(setup: Setup, tap: Tap, attack: str, defense: str) -> list[tuple[str, s
         ("learning rate", "not needed: the gradient itself is sent" if one_gradient else f"told: {protocol.lr:g}"),
         ("BatchNorm", "running statistics seen, those of the batch not" if batch_norm else "none in this model"),
         ("clients", LOOKS[setup.inspection.action]),
+        *_proved(setup, batch_norm),
+        *([("mixing", LONELY)] if getattr(setup.defense, "mixes", False) and protocol.batch_size == 1 else []),
         ("taps", _taps(tap)),
         ("attack", attack),
+    ]
+
+
+def guarantee_of(setup: Setup, rounds: int) -> Guarantee | None:
+    """What the defense proves of the most exposed client after so many rounds; None for one without a proof."""
+    return setup.defense.guarantee(setup.exposures(rounds)) if isinstance(setup.defense, Private) else None
+
+
+def _proved(setup: Setup, batch_norm: bool) -> list[tuple[str, str]]:
+    rounds = setup.config.get("rounds", 1)
+    if (proved := guarantee_of(setup, rounds)) is None:
+        return []
+    z, exposures = proved.noise_multiplier, setup.exposures(rounds)
+    every = [(e.rounds * e.uses, e.rate) if proved.unit == "example" else (e.rounds, 1.0) for e in exposures]
+    quoted = max(quoted_epsilon(z, releases, proved.delta, rate) for releases, rate in every)
+    bound = reconstruction_bound(GUESS, z, proved.releases)
+    beside = "the reported training loss and number of examples" + (", BatchNorm statistics" if batch_norm else "")
+    return [
+        (
+            "privacy",
+            f"epsilon {proved.epsilon:.3g} at delta {proved.delta:g} if one {proved.unit} is replaced, after {rounds} rounds: "
+            f"noise multiplier {z:.3g}, {proved.releases} releases; {quoted:.3g} as papers quote it, added or removed",
+        ),
+        ("reconstruction", f"an attacker who guesses right with {GUESS:.0%} succeeds with {bound:.1%} at most"),
+        ("not covered", beside),
     ]
 
 
@@ -79,12 +117,16 @@ def obstacles(setup: Setup, attack: Any) -> list[tuple[str, str]]:
         found.append(("weak", f"local momentum {protocol.momentum:g}: later steps repeat earlier gradients; federation.momentum=0"))
     if one_gradient and isinstance(protocol, FedAvg) and protocol.weight_decay:
         found.append(("weak", "weight decay adds the weights to the gradient; federation.weight_decay=0"))
-    batch = min(protocol.batch_size, max(map(len, setup.shards)))
+    clients = _summed(setup)
+    batch = clients * min(protocol.batch_size, max(map(len, setup.shards)))
     if isinstance(attack, SpanCheck):
         found += _span_obstacles(setup, batch)
     elif batch > (SPEAR_BATCH if isinstance(attack, SPEAR) else 1):
         grade = "hopeless" if batch > GRADIENT_MATCHING_BATCH else "weak"
-        found.append((grade, f"batches of {batch} {_examples(setup)} share one gradient; federation.batch_size=1"))
+        what = f"sums of {clients} clients are" if clients > 1 else "batches of"
+        smaller = "federation.per_round=1" if clients > 1 else "federation.batch_size=1"
+        share = "that share" if clients > 1 else "share"
+        found.append((grade, f"{what} {batch} {_examples(setup)} {share} one gradient; {smaller}"))
     modules = list(setup.model().modules())
     if protocol.train_mode:
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in modules):
@@ -104,7 +146,7 @@ def obstacles(setup: Setup, attack: Any) -> list[tuple[str, str]]:
 def _crowded(setup: Setup, server: servers.Imprint) -> list[tuple[str, str]]:
     found = []
     steps, shard = _steps(setup), max(map(len, setup.shards))
-    images = min(shard, steps * setup.protocol.batch_size)
+    images = _summed(setup) * min(shard, steps * setup.protocol.batch_size)
     alone = (1 - 1 / server.bins) ** (images - 1)
     if alone < 0.5:
         found.append(
@@ -124,6 +166,26 @@ def _span_obstacles(setup: Setup, batch: int) -> list[tuple[str, str]]:
         return []
     grade = "hopeless" if tokens >= width - 1 else "weak"
     return [(grade, f"{tokens} tokens fill most of the {width} dimensions of their span; federation.batch_size=1, or model.width")]
+
+
+def _summed(setup: Setup) -> int:
+    """How many clients' updates are in what an attacker can read."""
+    return setup.protocol.per_round if isinstance(setup.aggregation, Secure) else 1
+
+
+def _sum(setup: Setup, secure: Secure) -> str:
+    """What the server gets of secure aggregation, and what becomes of the defense under it."""
+    clients = _summed(setup)
+    if clients == 1:
+        return "seen: of one client, whose update it is: nothing is hidden; federation.per_round=2 or more"
+    seen = f"seen: of {clients} clients, or at least {secure.needed(clients)}; also how many examples each has"
+    params, _ = split(setup.model())
+    sent, _ = setup.defense(pack(params), setup.defense.init(params), generator(0, "card"))
+    if any(packet.support is not None for packet in sent.values()):
+        return f"{seen}. Dense vectors travel, so sparsifying saves nothing, and what one client alone sends stands in it as it is"
+    if any(packet.grid is not None for packet in sent.values()):
+        return f"{seen}. {secure.bits} bits an entry travel, so quantizing saves nothing"
+    return seen
 
 
 def _examples(setup: Setup) -> str:

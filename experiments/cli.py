@@ -279,6 +279,7 @@ def _list(arguments: argparse.Namespace) -> int:
         "servers": "server",
         "defenses": "defense",
         "inspections": "inspect",
+        "aggregations": "aggregation",
         "attacks": "attack",
         "engines": "engine",
         "settings": "setting",

@@ -16,7 +16,7 @@ from fedsim.checks import nearest
 CONF = Path(__file__).parent / "conf"
 GROUPS = (
     *("data", "partition", "model", "model/init", "model/bottleneck", "federation", "strategy", "server"),
-    *("defense", "inspect", "attack", "engine", "setting"),
+    *("defense", "inspect", "aggregation", "attack", "engine", "setting"),
 )
 
 Config = dict[str, Any]
@@ -117,7 +117,7 @@ def _check_key(override: str, config: Any) -> None:
 
 
 # Flower's strategies and the models take what they are given; the other groups' classes check their settings themselves.
-_UNCHECKED = ("data", "partition", "model", "federation", "strategy", "attack", "evaluate", "server", "inspect")
+_UNCHECKED = ("data", "partition", "model", "federation", "strategy", "attack", "evaluate", "server", "inspect", "aggregation")
 
 
 def _check_kind(key: str, known: Any, composed: Any) -> None:
@@ -169,13 +169,15 @@ def label(config: Config, group: str = "defense") -> str:
 
 
 def contender(config: Config) -> str:
-    """What a run is told apart by in tables and figures: its defense; unless it is honest, its server and what is unusual of it."""
-    name = config["choices"].get("server", "honest")
-    if name == "honest":
-        return label(config)
-    usual = compose([f"server={name}"])["server"]
-    unusual = [f"{key}={value}" for key, value in config["server"].items() if value != usual.get(key)]
-    return " ".join([f"{label(config)}, server={name}", *unusual])
+    """What a run is told apart by in tables and figures: its defense; its server and aggregation, and what is unusual of them,
+    unless they are honest and plain."""
+    told = label(config)
+    for group, usually, words in (("server", "honest", "server={}"), ("aggregation", "plain", "{} aggregation")):
+        if (name := config["choices"].get(group, usually)) != usually:
+            usual = compose([f"{group}={name}"])[group]
+            unusual = [f"{key}={value}" for key, value in config[group].items() if value != usual.get(key)]
+            told = " ".join([f"{told}, {words.format(name)}", *unusual])
+    return told
 
 
 @functools.lru_cache

@@ -36,12 +36,13 @@ from experiments.runner import attack_of, check_config, environment
 from fedsim.checks import whole
 from fedsim.client import chance_seeded
 from fedsim.data import Dataset, load
+from fedsim.defense import Exposure, hooks_of
 from fedsim.files import write_bytes, write_with
 from fedsim.observation import Observation, Reconstruction
 from fedsim.run import trace_tensors
 from fedsim.seeding import generator, seed_of
-from fedsim.setup import Setup, device_of, one_thread
-from fedsim.training import local_update, split
+from fedsim.setup import Setup, device_of, one_thread, planned
+from fedsim.training import Hooks, local_update, split
 from fedsim.updates import Update
 from fedsim.wire import nbytes, pack
 
@@ -86,6 +87,8 @@ def read(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 def prepare(config: Config, path: Path | None, index: int | None, label: int | None) -> tuple[Setup, Tensor, Tensor]:
     """The setup of a configuration, and the victim: image (1, C, H, W) and label (1,), from a file or from the training images."""
+    if config["choices"].get("aggregation", "plain") != "plain":
+        raise ValueError("fedsim invert has one client, and aggregation=secure adds up several: leave it out, or take fedsim run")
     dataset = load(**config["data"], seed=config["seed"])
     if not isinstance(dataset, Dataset):
         raise ValueError(f"fedsim invert takes pictures, data={dataset.name} has none: leave data= out, or take data=cifar10")
@@ -97,6 +100,7 @@ def prepare(config: Config, path: Path | None, index: int | None, label: int | N
         whole(f"--index (a training image of {dataset.name})", index, 0, len(dataset.train) - 1)
         image, found = dataset.train.batch(torch.tensor([index]))
     protocol, defense = build_checked("federation", config["federation"]), build_checked("defense", config["defense"])
+    defense = planned(defense, [Exposure(1, *protocol.uses(1))])  # one update is sent, of one image
     shards = [torch.tensor([index or 0])] * protocol.clients
     setup = Setup(config, config["seed"], dataset, shards, protocol, defense, device_of(config["device"]))
     return setup, image.to(setup.device), torch.tensor([label] if label is not None else found.tolist()).to(setup.device)
@@ -112,11 +116,16 @@ def steal(
     steps = len(setup.protocol.batches(torch.tensor([0]), setup.seed, 1, 0))
     with chance_seeded(model, image, seed_of(setup.seed, "dropout", 1, 0)):
         proximal = setup.config["strategy"].get("proximal_mu", 0.0)
-        trained = setup.protocol.train(model, params, buffers, [(image, label)] * steps, proximal)
+        true = setup.protocol.train(model, params, buffers, [(image, label)] * steps, proximal)
+    with chance_seeded(model, image, seed_of(setup.seed, "dropout", 1, 0)):
+        hooks = hooks_of(setup.defense, setup.dataset.num_classes, setup.seed, 1, 0)
+        trained = (
+            true if hooks == Hooks() else setup.protocol.train(model, params, buffers, [(image, label)] * steps, proximal, hooks)
+        )
     packets, _ = setup.defense(pack(trained.update), setup.defense.init(trained.update), generator(setup.seed, "defense", 1, 0))
     seen = Observation(params, packets, 1, buffers=buffers, sent_buffers=trained.buffers)
     (made,) = scoring.attacked(setup, attack, [seen], generator(setup.seed, "attack"), report)
-    return Theft(setup, image, label, seen, trained.update, made, scoring.compared(setup, seen, made, image, label))
+    return Theft(setup, image, label, seen, true.update, made, scoring.compared(setup, seen, made, image, label))
 
 
 def completed(config: Config, path: Path | None) -> Config:

@@ -23,11 +23,13 @@ from rich.table import Table
 
 from attacks.metrics import BARS, Rate, success_rates
 from experiments.canvas import COLOURS, MARKERS, STYLE, frame, picture, save
+from experiments.card import GUESS
 from experiments.config import contender
 from experiments.pictures import draw_trace
 from experiments.progress import size
 from experiments.scoring import STOLEN_MSE, STOLEN_TOKENS
 from fedsim.files import write_bytes
+from fedsim.observation import SUM
 from fedsim.run import RunFolder
 from fedsim.setup import setup_of
 
@@ -62,14 +64,24 @@ def draw(folders: Sequence[RunFolder], out: Path) -> list[Path]:
 
 
 def tables(folders: Sequence[RunFolder]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rounds and leaks of all runs, with the columns `run`, `defense` (a label) and `seed`."""
+    """Rounds and leaks of all runs, with the columns `run`, `defense` (a label; of a leak, see `_leaks_of`) and `seed`."""
     rounds, leaks = [], []
     for folder in folders:
         config = folder.config
         about = {"run": str(folder.path), "defense": contender(config), "seed": config["seed"]}
         rounds.append(folder.rounds().assign(**about))
-        leaks.append(folder.leaks().assign(**about))
+        leaks.append(_leaks_of(folder).assign(run=about["run"], seed=about["seed"]))
     return _joined(rounds, ["accuracy", "defense", "run", "round"]).astype({"accuracy": float}), _joined(leaks, [])
+
+
+def _leaks_of(folder: RunFolder) -> pd.DataFrame:
+    """The leaks of a run, with its label: where updates are masked, those of masked ones and of sums have labels of their own."""
+    leaks, name = folder.leaks(), contender(folder.config)
+    if not len(leaks):
+        return leaks
+    seen = leaks["seen"] if "seen" in leaks else pd.Series("update", leaks.index)  # tables of earlier versions
+    labels = [name if what == "update" else f"{name}: {what}" for what in seen]
+    return leaks.assign(seen=seen, defense=labels)
 
 
 def of_text(folders: Sequence[RunFolder]) -> bool:
@@ -100,30 +112,43 @@ def summary(folders: Sequence[RunFolder]) -> Table:
         if text
         else ("stolen", *list(BARS)[1:], "not converged", "PSNR", "labels")
     )
-    for column in ("accuracy", "sent", "of dense", *scores):
+    proofs = ("epsilon", f"{GUESS:.0%} guess") if "epsilon" in rounds else ()  # no column where nobody has one
+    for column in ("accuracy", "sent", "of dense", *proofs, *scores):
         table.add_column(column, justify="right")
     for defense in _in_order(rounds["defense"]):
         of = rounds[rounds["defense"] == defense]
         final = of.dropna(subset="accuracy").sort_values("round").groupby("run")["accuracy"].last()
         sent = of.groupby("run")["bytes_up"].sum().mean()
         share = of["bytes_up"].sum() / max(1, of["bytes_up_dense"].sum())
-        cells = [f"{final.mean():.1%}" if len(final) else "", size(sent), f"{share:.1%}"]
-        for attack in attacks:
-            name = defense if len(attacks) == 1 else f"{defense}, {attack}"
-            victims = leaks[(leaks["defense"] == defense) & (leaks["attack"] == attack)] if len(leaks) else leaks
-            table.add_row(name, *cells, *(_text_cells(victims) if text else _leak_cells(victims)))
+        cells = [f"{final.mean():.1%}" if len(final) else "", size(sent), f"{share:.1%}", *(_proof(of) if proofs else [])]
+        here = leaks[leaks["run"].isin(of["run"])] if len(leaks) else leaks
+        for label in _in_order(here["defense"]) if len(here) else [defense]:
+            for attack in attacks:
+                name = label if len(attacks) == 1 else f"{label}, {attack}"
+                victims = here[(here["defense"] == label) & (here["attack"] == attack)] if len(here) else here
+                table.add_row(name, *cells, *(_text_cells(victims) if text else _leak_cells(victims)))
     table.caption, table.caption_justify = _found(folders), "left"
+    blank = [""] * len(proofs)
     if len(leaks) and text:
         first = leaks[(leaks["attack"] == attacks[0]) & (leaks["defense"] == leaks["defense"].iloc[0])]
         passed = int((first["typical_token_accuracy"] >= STOLEN_TOKENS).sum())
         shares = [f"{first[f'typical_{score}'].mean():.0%}" for score in ("token_accuracy", "rougeL")]
-        table.add_row("the usual words", "", "", "", str(Rate(passed, len(first))), "", *shares, "", "", style="dim")
+        table.add_row("the usual words", "", "", "", *blank, str(Rate(passed, len(first))), "", *shares, "", "", style="dim")
     elif len(leaks):
         # The victims are the same for every defense and attack.
         first = leaks[(leaks["attack"] == attacks[0]) & (leaks["defense"] == leaks["defense"].iloc[0])]
         for name, what in (("grey", "a grey card"), ("mean_image", "the mean image"), ("mean_colour", "its mean colour")):
-            table.add_row(what, "", "", "", *_bars(first, f"{name}_"), "", _median(first, f"{name}_"), "", style="dim")
+            table.add_row(what, "", "", "", *blank, *_bars(first, f"{name}_"), "", _median(first, f"{name}_"), "", style="dim")
     return table
+
+
+def _proof(rounds: pd.DataFrame) -> tuple[str, str]:
+    """Epsilon in the end, and how often a reconstruction succeeds at most when a blind guess has `GUESS`; empty without a proof."""
+    last = rounds.sort_values("round").groupby("run").last()
+    if last["epsilon"].isna().any():
+        return "", ""
+    worst = last.sort_values("epsilon").iloc[-1]
+    return f"{worst['epsilon']:.3g} at {worst['delta']:g}", f"<= {worst['reconstruction_bound']:.0%}"
 
 
 def _found(folders: Sequence[RunFolder]) -> str | None:
@@ -290,9 +315,9 @@ def _pareto(rounds: pd.DataFrame, leaks: pd.DataFrame, attack: str, what: str) -
     figure, axes = _figure(8.0, 4.0)
     leaks = leaks[leaks["attack"] == attack]
     for i, defense in enumerate(_in_order(leaks["defense"])):
-        of = rounds[rounds["defense"] == defense].dropna(subset="accuracy").sort_values("round")
-        final = of.groupby("run")["accuracy"].last()
         victims = leaks[leaks["defense"] == defense]
+        of = rounds[rounds["run"].isin(victims["run"])].dropna(subset="accuracy").sort_values("round")
+        final = of.groupby("run")["accuracy"].last()
         rate = Rate(int((victims["verdict"] == "stolen").sum()), len(victims))
         low, high = rate.interval
         axes.errorbar(
@@ -336,11 +361,10 @@ def _pictures(folders: Sequence[RunFolder], attack: str, columns: int = 8) -> Fi
     """Original, and what was stolen despite each defense, of the same victims; each row's median and worst leak are framed."""
     rows: dict[str, tuple[RunFolder, pd.DataFrame]] = {}
     for folder in folders:
-        leaks = folder.leaks()
-        if len(leaks) and (leaks["attack"] == attack).any():
-            rows.setdefault(
-                contender(folder.config), (folder, leaks[leaks["attack"] == attack].set_index(["round", "client", "image"]))
-            )
+        leaks = _leaks_of(folder)
+        leaks = leaks[leaks["attack"] == attack] if len(leaks) else leaks
+        for label in _in_order(leaks["defense"]) if len(leaks) else ():
+            rows.setdefault(label, (folder, leaks[leaks["defense"] == label].set_index(["round", "client", "image"])))
     tables = [table for _, table in rows.values()]
     victims = tables[0].index
     for table in tables[1:]:
@@ -368,7 +392,7 @@ def _pictures(folders: Sequence[RunFolder], attack: str, columns: int = 8) -> Fi
                 picture(axes, torch.ones(1, 1, 1))
                 axes.set_xlabel("missed", fontsize=8, labelpad=1)
                 continue
-            picture(axes, folder.reconstructions(attack, victim[0])[victim[1]][int(leak["reconstruction"])])
+            picture(axes, folder.reconstructions(attack, victim[0])[_sender(leak, victim[1])][int(leak["reconstruction"])])
             doubt = " ?" if leak["verdict"] == "not converged" else ""
             axes.set_xlabel(f"{leak['psnr_db']:.1f} dB{doubt}", fontsize=8, labelpad=1)
             if victim == order[0]:
@@ -384,17 +408,24 @@ def _traces(folders: Sequence[RunFolder], attack: str, out: Path) -> list[Path]:
     """How the worst and the median leak of each run came about, of those whose attack recorded it."""
     made = []
     for folder in folders:
-        leaks = folder.leaks()
+        leaks = _leaks_of(folder)
         leaks = leaks[leaks["attack"] == attack].sort_values("mse") if len(leaks) else leaks
         for place in sorted({0, (len(leaks) - 1) // 2}) if len(leaks) else ():
             round, client, image, at = (int(leaks.iloc[place][key]) for key in ("round", "client", "image", "reconstruction"))
-            trace = folder.traces(attack, round).get(client)
+            sender = _sender(leaks.iloc[place], client)
+            trace = folder.traces(attack, round).get(sender)
             if trace is not None:
                 truth = setup_of(folder.config).truth(round, client)[0][image].cpu()
-                name = f"{folder.path.name}_round_{round:05d}_client_{client:05d}_image_{image}"
-                about = f"by {attack} from client {client} in round {round} of {folder.path.name}"
+                through = "_sum" if sender == SUM else ""
+                name = f"{folder.path.name}_round_{round:05d}_client_{client:05d}_image_{image}{through}"
+                about = f"by {attack} from client {client}{' in a sum' * bool(through)} in round {round} of {folder.path.name}"
                 made += draw_trace(trace, truth, out / name, about, at=at)
     return made
+
+
+def _sender(leak: pd.Series, client: int) -> int:
+    """Whose reply a client's image was taken out of: its own, or the sum."""
+    return SUM if leak["seen"].startswith("sum") else client
 
 
 def _row_title(axes: Axes, text: str) -> None:

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 
 from experiments import scoring
-from experiments.card import card, obstacles
+from experiments.card import GUESS, card, guarantee_of, obstacles
 from experiments.config import Config, ConfigError, build_checked, contender, label
 from experiments.progress import Progress, console
 from fedsim import federation
+from fedsim.accounting import reconstruction_bound
 from fedsim.data import check, image_shape
 from fedsim.federation import Checkpoint, Round
 from fedsim.observation import Observation
 from fedsim.run import RunFolder
+from fedsim.secure_rounds import check_averages
 from fedsim.seeding import generator
 from fedsim.setup import Setup, device_of, one_thread, setup_of
 from fedsim.tap import Tap
@@ -35,8 +37,8 @@ def check_config(config: Config) -> None:
     whole("rounds", config["rounds"])
     whole("seed", config["seed"], 0)
     device_of(config["device"])
-    for group in ("federation", "partition", "server", "defense", "inspect", "engine", "tap", "evaluate"):
-        if group in config:  # folders of earlier versions have no server and no inspect
+    for group in ("federation", "partition", "server", "defense", "inspect", "aggregation", "engine", "tap", "evaluate"):
+        if group in config:  # folders of earlier versions have no server, no inspect and no aggregation
             build_checked(group, config[group])
     attack = attack_of(config)
     check_reads(attack, config["choices"]["attack"], config)
@@ -45,7 +47,9 @@ def check_config(config: Config) -> None:
     needed, chosen = getattr(attack, "server", None), config["choices"].get("server", "honest")
     if needed not in (None, chosen):
         raise ConfigError(f"attack={config['choices']['attack']} reads what a malicious server plants: add server={needed}")
-    build_checked("strategy", config["strategy"])
+    strategy = build_checked("strategy", config["strategy"])
+    if config["choices"].get("aggregation", "plain") != "plain":
+        check_averages(strategy)
     data, clients = config["data"], config["federation"]["clients"]
     for size in ("train_size", "test_size"):
         if data.get(size) is not None:
@@ -126,7 +130,7 @@ def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
                 progress.leaks(_attack(setup, folder, attack, name, seen, progress))
 
         def after(report: Round, state: Checkpoint) -> None:
-            folder.add("rounds", [dataclasses.asdict(report)])
+            folder.add("rounds", [dataclasses.asdict(report) | spent(setup, report.round)])
             folder.save_checkpoint(state)
             progress.round(report)
 
@@ -173,6 +177,14 @@ def _attack(setup: Setup, folder: RunFolder, attack: Any, name: str, seen: Seque
     return [row["verdict"] for row in rows]
 
 
+def spent(setup: Setup, round: int) -> dict[str, float]:
+    """What is proved of the most exposed client after `round` rounds; nothing for a defense without a proof."""
+    if (proved := guarantee_of(setup, round)) is None:
+        return {}
+    bound = reconstruction_bound(GUESS, proved.noise_multiplier, proved.releases)
+    return {"epsilon": proved.epsilon, "delta": proved.delta, "reconstruction_bound": bound}
+
+
 def show_card(setup: Setup, config: Config) -> None:
     """Prints the threat-model card."""
     tap, attack = build_checked("tap", config["tap"]), attack_of(config)
@@ -187,7 +199,7 @@ def show_card(setup: Setup, config: Config) -> None:
 def environment(setup: Setup, command: str) -> dict[str, Any]:
     """What a result depends on besides its configuration."""
     packages = {}
-    for package in ("fedsim", "torch", "torchvision", "flwr", "flwr-datasets", "numpy", "pandas", "ray"):
+    for package in ("fedsim", "torch", "torchvision", "flwr", "flwr-datasets", "dp-accounting", "numpy", "pandas", "ray"):
         with contextlib.suppress(PackageNotFoundError):
             packages[package] = version(package)
     device = str(setup.device)

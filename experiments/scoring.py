@@ -18,18 +18,22 @@ from fedsim.protocols import FedAvg
 from fedsim.run import on_device
 from fedsim.seeding import seed_of
 from fedsim.setup import Setup, model_of
-from fedsim.updates import relative_error
+from fedsim.updates import Update, relative_error
 
 STOLEN_MSE = metrics.BARS["MSE < 0.03"].level
 STOLEN_TOKENS = 0.8  # share of a sentence's words in their places; the usual word at each place is right for 0.07 of them
 
 
-def knowledge(setup: Setup, num_examples: int) -> Knowledge:
+def knowledge(setup: Setup, num_examples: int, clients: int = 1) -> Knowledge:
     """What an honest but curious server is told: the shapes, and the training that it ordered itself.
 
     The dataset's test images are public: clients' shards are parts of its training images.
 
-    num_examples  what the client reports, from which the number of its local steps follows
+    A sum of clients is taken for one client with batches as large as all of theirs together. That is what it is after one step;
+    after several, each client has gone its own way.
+
+    num_examples  what the client reports, from which the number of its local steps follows; of a sum, what all report
+    clients       in the sum
     """
     protocol, dataset = setup.protocol, setup.dataset
     told = Knowledge(
@@ -42,11 +46,12 @@ def knowledge(setup: Setup, num_examples: int) -> Knowledge:
     )
     if not isinstance(protocol, FedAvg):
         return told
-    batch = min(protocol.batch_size, num_examples)
+    each = num_examples / clients
+    batch = min(protocol.batch_size, each)
     return replace(
         told,
-        batch_size=batch,
-        local_steps=protocol.steps or protocol.epochs * math.ceil(num_examples / batch),
+        batch_size=round(batch * clients),
+        local_steps=protocol.steps or protocol.epochs * math.ceil(each / batch),
         lr=protocol.lr,
         momentum=protocol.momentum,
         weight_decay=protocol.weight_decay,
@@ -55,7 +60,7 @@ def knowledge(setup: Setup, num_examples: int) -> Knowledge:
 
 
 def leaks(setup: Setup, attack: str, seen: Sequence[Observation], found: Sequence[Reconstruction]) -> list[dict[str, Any]]:
-    """One row for each image or sentence that was attacked, with the trivial baselines beside it."""
+    """One row for each image or sentence that was attacked, in a sum those of all its clients, with trivial baselines beside it."""
     rows_of = _sentence_rows if isinstance(setup.dataset, Corpus) else _rows
     return [row for one, made in zip(seen, found, strict=True) for row in rows_of(setup, attack, one, made)]
 
@@ -68,22 +73,43 @@ def verdict(passed: bool, converged: bool) -> str:
 
 
 def true_update_error(setup: Setup, seen: Observation) -> tuple[float, float]:
-    """Relative error of what was sent against the client's true update: over all layers, and in the first."""
-    index = setup.protocol.batches(setup.shards[seen.client], setup.seed, seen.round, seen.client)
-    params = {name: t.to(setup.device) for name, t in seen.params.items()}
-    buffers = {name: t.to(setup.device) for name, t in seen.buffers.items()}
-    model, proximal = model_of(setup), setup.config["strategy"].get("proximal_mu", 0.0)
-    with chance_seeded(model, setup.batch(index[0])[0], seed_of(setup.seed, "dropout", seen.round, seen.client)):
-        true = setup.protocol.train(model, params, buffers, (setup.batch(i) for i in index), proximal).update
+    """Relative error of what was seen against the client's true update, or several clients' mean: over all layers, in the first."""
+    examples = {client: len(setup.examples(seen.round, client)) for client in seen.clients}
+    true: Update = {}
+    for client, count in examples.items():
+        for name, t in _true_update(setup, seen, client).items():
+            part = t * (count / sum(examples.values()))
+            true[name] = true[name] + part if name in true else part
     sent = {name: t.to(setup.device) for name, t in seen.update.items()}
     first = next(iter(true))
     return relative_error(sent, true), relative_error({first: sent[first]}, {first: true[first]})
 
 
+def _true_update(setup: Setup, seen: Observation, client: int) -> Update:
+    """What `client` computed from what was broadcast, before any defense."""
+    index = setup.protocol.batches(setup.shards[client], setup.seed, seen.round, client)
+    params = {name: t.to(setup.device) for name, t in seen.params.items()}
+    buffers = {name: t.to(setup.device) for name, t in seen.buffers.items()}
+    model, proximal = model_of(setup), setup.config["strategy"].get("proximal_mu", 0.0)
+    with chance_seeded(model, setup.batch(index[0])[0], seed_of(setup.seed, "dropout", seen.round, client)):
+        return setup.protocol.train(model, params, buffers, (setup.batch(i) for i in index), proximal).update
+
+
+def sight(seen: Observation) -> str:
+    """What kind of thing was attacked: `update`, `masked update`, or `sum of 4`."""
+    return f"sum of {len(seen.summed)}" if seen.summed else "masked update" if seen.masked else "update"
+
+
+def _owned(setup: Setup, seen: Observation, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, with the client whose `image` it is and its place in that client's batch, not in that of the sum."""
+    owners = [(client, i) for client in seen.clients for i in range(len(setup.examples(seen.round, client)))]
+    return [row | dict(zip(("client", "image"), owners[row["image"]], strict=True)) for row in rows]
+
+
 def _sentence_rows(setup: Setup, attack: str, seen: Observation, made: Reconstruction) -> list[dict[str, Any]]:
     """As `_rows`; `image` and `reconstruction` are places in the batch, and `truth` and `recovered` the sentences themselves."""
     assert isinstance(setup.dataset, Corpus)
-    inputs, labels = (t.cpu() for t in setup.truth(seen.round, seen.client))
+    inputs, labels = (t.cpu() for t in setup.truth(seen.round, *seen.clients))
     guessed, whole_batch = made.labels.cpu(), filled(made.images.cpu(), made.labels.cpu())
     found, places = metrics.match_sentences(whole_batch, filled(inputs, labels))
     sentences, truths = whole_batch[found], filled(inputs, labels)[places]
@@ -102,6 +128,7 @@ def _sentence_rows(setup: Setup, attack: str, seen: Observation, made: Reconstru
                 "server": setup.server.name,
                 "found_by": made.attack or attack,
                 "attacker": "naive",  # it does not know the defense
+                "seen": sight(seen),
                 "round": seen.round,
                 "client": seen.client,
                 "image": int(places[i]),
@@ -125,25 +152,27 @@ def _sentence_rows(setup: Setup, attack: str, seen: Observation, made: Reconstru
                 "first_layer_error": layer,
             }
         )
-    return rows
+    return _owned(setup, seen, rows)
 
 
 def _rows(setup: Setup, attack: str, seen: Observation, made: Reconstruction) -> list[dict[str, Any]]:
     whole, layer = true_update_error(setup, seen)
-    return [
+    rows = [
         {
             "attack": attack,
             "server": setup.server.name,
             "found_by": made.attack or attack,  # of an escalation, the attack that did it
             "attacker": "naive",  # it does not know the defense
+            "seen": sight(seen),
             "round": seen.round,
             "client": seen.client,
             **row,
             "update_error": whole,
             "first_layer_error": layer,
         }
-        for row in compared(setup, seen, made, *setup.truth(seen.round, seen.client))
+        for row in compared(setup, seen, made, *setup.truth(seen.round, *seen.clients))
     ]
+    return _owned(setup, seen, rows)
 
 
 def compared(setup: Setup, seen: Observation, made: Reconstruction, truth: Tensor, labels: Tensor) -> list[dict[str, Any]]:
@@ -212,7 +241,7 @@ def attacked(
     model, state = setup.model(), rng.get_state()
     told: dict[Knowledge, list[int]] = defaultdict(list)
     for i, one in enumerate(seen):
-        told[knowledge(setup, one.num_examples)].append(i)
+        told[knowledge(setup, one.num_examples, len(one.clients))].append(i)
     found: dict[int, Reconstruction] = {}
     for known, members in told.items():
         before = len(found)

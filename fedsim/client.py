@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedsim.defense import State
+from fedsim.defense import State, hooks_of
 from fedsim.files import write_bytes, write_with
 from fedsim.inspection import Finding, Inspection, Refused
-from fedsim.records import ARRAYS, CONFIG, METRICS, SENDER, reply_of, tensors_of
+from fedsim.records import ARRAYS, CONFIG, METRICS, SENDER, client_of, reply_of, tensors_of
+from fedsim.secure_aggregation import Secure
+from fedsim.secure_rounds import answer_steps, masked_reply, shares_in
 from fedsim.seeding import generator, seed_of
 from fedsim.setup import Config, Setup, model_of, one_thread, setup_of
 from fedsim.training import evaluate
@@ -35,14 +37,18 @@ def client_app(config: Config, memory: str | None = None) -> ClientApp:
 
     @app.query()
     def hello(message: Message, context: Context) -> Message:
-        return Message(RecordDict({SENDER: ConfigRecord({"client": _client(context)})}), reply_to=message)
+        return Message(RecordDict({SENDER: ConfigRecord({"client": client_of(context)})}), reply_to=message)
+
+    answer_steps(app, config)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         one_thread()
-        setup, client = setup_of(config), _client(context)
+        setup, client = setup_of(config), client_of(context)
         order = message.content.config_records[CONFIG]
         round = int(order["server-round"])  # type: ignore[arg-type]
+        secure = isinstance(setup.aggregation, Secure)
+        shares = shares_in(message, context, setup, round) if secure else {}
         model = model_of(setup)
         tensors = tensors_of(message.content.array_records[ARRAYS], setup.device)
         params = {name: tensors[name] for name, _ in model.named_parameters()}
@@ -60,6 +66,7 @@ def client_app(config: Config, memory: str | None = None) -> ClientApp:
                 buffers,
                 (setup.batch(i) for i in index),
                 proximal=float(order.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
+                hooks=hooks_of(setup.defense, setup.dataset.num_classes, setup.seed, round, client),
             )
         packets, state = setup.defense(
             pack(trained.update),
@@ -67,13 +74,15 @@ def client_app(config: Config, memory: str | None = None) -> ClientApp:
             generator(setup.seed, "defense", round, client),
         )
         _remember(memory, client, round, state)
+        if secure:
+            return Message(masked_reply(context, setup, shares, packets, trained, buffers), reply_to=message)
         examples = len(torch.cat(index).unique())
         return Message(reply_of(packets, trained.buffers, examples, trained.loss, client), reply_to=message)
 
     @app.evaluate()
     def evaluate_on_shard(message: Message, context: Context) -> Message:
         one_thread()
-        setup, client = setup_of(config), _client(context)
+        setup, client = setup_of(config), client_of(context)
         tensors = tensors_of(message.content.array_records[ARRAYS], setup.device)
         shard = setup.shards[client]
         accuracy, loss = evaluate(model_of(setup), tensors, {}, (setup.batch(i) for i in shard.split(500)))
@@ -81,10 +90,6 @@ def client_app(config: Config, memory: str | None = None) -> ClientApp:
         return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
     return app
-
-
-def _client(context: Context) -> int:
-    return int(context.node_config["partition-id"])
 
 
 # A defense's memory is the client's own and lives on the client's own disk, one file for each round it took part in. Two are kept:

@@ -1,12 +1,14 @@
 """What the federation knows of a defense: its protocol. The defenses themselves are the package `defenses`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedsim.seeding import generator
+from fedsim.training import Batch, Hooks
 from fedsim.updates import Update
 from fedsim.wire import Packets
 
@@ -29,6 +31,94 @@ class Defense(Protocol):
         ...
 
 
+# Some defenses act before there is an update. They have one of the next two methods or both, beside those above.
+
+
+@runtime_checkable
+class BatchDefense(Protocol):
+    """A defense that trains on other images than the client's own."""
+
+    def batch(self, images: Tensor, labels: Tensor, classes: int, rng: torch.Generator) -> Batch:
+        """Images and labels to train on instead of a local step's; labels (B,) may become probabilities (B, classes)."""
+        ...
+
+
+@runtime_checkable
+class GradientDefense(Protocol):
+    """A defense that computes another gradient than that of the batch's loss."""
+
+    def gradients(
+        self,
+        model: nn.Module,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        images: Tensor,
+        labels: Tensor,
+        step: int,
+        rng: torch.Generator,
+    ) -> tuple[Tensor, Update]:
+        """Loss and gradient, by name, of one local step; steps are counted from 0 each round."""
+        ...
+
+
+def hooks_of(defense: object, classes: int, seed: int, round: int, client: int) -> Hooks:
+    """What `defense` changes of a client's local training in a round, with streams of its own."""
+    batch = gradients = None
+    if isinstance(defense, BatchDefense):
+        batch_rng = generator(seed, "defense", round, client, "batch")
+        batch = lambda images, labels: defense.batch(images, labels, classes, batch_rng)  # noqa: E731
+    if isinstance(defense, GradientDefense):
+        gradient_rng = generator(seed, "defense", round, client, "gradients")
+        gradients = lambda model, params, buffers, images, labels, step: defense.gradients(  # noqa: E731
+            model, params, buffers, images, labels, step, gradient_rng
+        )
+    return Hooks(batch, gradients)
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """How often a run may use what it must protect of one client: the whole client, or one of its examples.
+
+    rounds  in which the client takes part
+    uses    of an example in such a round, at most
+    rate    chance that such a use takes place, 1 if certain
+    """
+
+    rounds: int
+    uses: int = 1
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """Differential privacy towards somebody who reads all that a client sends.
+
+    epsilon, delta    for any two neighbours: data sets that differ in one `unit` replaced by any other
+    unit              `example` or `client`, which is all its examples
+    noise_multiplier  standard deviation of the noise of a release, over the most that a unit can add to it
+    releases          of the unit, at most
+    """
+
+    epsilon: float
+    delta: float
+    unit: str
+    noise_multiplier: float
+    releases: int
+
+
+@runtime_checkable
+class Private(Protocol):
+    """A defense with a proof, given in advance how often it is applied."""
+
+    def guarantee(self, exposures: Sequence[Exposure]) -> Guarantee | None:
+        """What holds for the most exposed of clients; None when nothing does."""
+        ...
+
+    def planned(self, exposures: Sequence[Exposure]) -> Defense:
+        """The same defense with as much noise as its target asks for when it is applied so often."""
+        ...
+
+
 @dataclass(frozen=True)
 class Belief:
     """What can be said of each entry of one tensor, in the tensor's shape.
@@ -36,7 +126,8 @@ class Belief:
     value   the best guess of an entry
     low     it is no smaller; -inf where nothing is known
     high    it is no larger; inf where nothing is known
-    weight  1 where `value` is the entry itself, or the entry is its mean; 0 where `value` says no more than the bounds do
+    weight  1 where `value` is the entry itself, or has it as its mean, or is all there is of an entry that was sent;
+            0 where `value` says no more than the bounds do
     """
 
     value: Tensor
@@ -48,6 +139,15 @@ class Belief:
     def exact(cls, value: Tensor) -> "Belief":
         """Of somebody who saw the tensor itself."""
         return cls(value, value, value, torch.ones_like(value))
+
+    def rounded(self, low: Tensor, high: Tensor) -> "Belief":
+        """Of an entry that was rounded to what this says: the bounds are `low` and `high`, within which `value` tells nothing."""
+        return Belief(self.value, low, high, torch.zeros_like(self.weight))
+
+    def unbounded(self, sent: Tensor) -> "Belief":
+        """Without bounds; of an entry that was `sent` (bool), `value` is then all there is to go by."""
+        nothing = torch.full_like(self.value, torch.inf)
+        return Belief(self.value, -nothing, nothing, torch.where(sent, 1.0, self.weight))
 
 
 Beliefs = dict[str, Belief]

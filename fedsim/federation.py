@@ -13,12 +13,15 @@ import numpy as np
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedsim.checks import whole
 from fedsim.client import client_app
 from fedsim.observation import Observation
 from fedsim.records import arrays_of, tensors_of
+from fedsim.secure_aggregation import Secure
+from fedsim.secure_rounds import SecureStrategy, check_averages
 from fedsim.server import (
     EavesdroppingStrategy,
     MeteredStrategy,
@@ -67,7 +70,7 @@ class Round:
     accuracy, loss      of the global model on the test set, None in rounds without evaluation
     train_loss          mean over the chosen clients, weighted by their examples
     client_accuracy     mean accuracy on the clients' own shards, None unless asked for
-    bytes_up            payload of all updates sent, as packed
+    bytes_up            payload of all updates sent, as packed, and of keys and shares where there are any
     bytes_up_dense      the same updates at 4 bytes an entry
     bytes_down          payload of all broadcasts
     seconds             wall time of the round, its attacks and evaluation included
@@ -137,7 +140,11 @@ def server_app(
             restore_strategy(inner, start.arrays, start.numbers)
         updates = UpdateStrategy(inner, tuple(buffers), protocol.server_scale)
         pinned = {name: params[name] for name in setup.server.pinned(model)}
-        metered = MeteredStrategy(PinningStrategy(EavesdroppingStrategy(updates, choose, listen, tuple(buffers)), pinned))
+        aggregating: Strategy = PinningStrategy(EavesdroppingStrategy(updates, choose, listen, tuple(buffers)), pinned)
+        if isinstance(setup.aggregation, Secure):
+            check_averages(inner)
+            aggregating = SecureStrategy(aggregating, setup.aggregation, protocol.per_round, context.run_id, tuple(buffers))
+        metered = MeteredStrategy(aggregating)
         strategy = SeededStrategy(metered, seed, nodes_by_client(grid, protocol.clients), after)
         dense = sum(4 * t.numel() for t in params.values()) + sum(t.numel() * t.element_size() for t in buffers.values())
         clock = time.perf_counter()

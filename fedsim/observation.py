@@ -11,18 +11,24 @@ from fedsim.data.images import Images
 from fedsim.updates import Update
 from fedsim.wire import Packets, pack, unpack
 
+SUM = -1  # who "sent" what secure aggregation leaves the server with
+
 
 @dataclass(frozen=True)
 class Observation:
     """One client's reply as seen on its way to the server. Holds nothing that was not sent.
 
+    Of secure aggregation, a reply under its mask; or the sum of a round's, which nobody sent: the update of a larger batch.
+
     params        parameters broadcast to the client this round
     packets       what the client sent (an attack may also use their support and grid)
     num_examples  number of examples the client reports, as the protocol demands
     round         1, 2, … as the server counts
-    client        who sent it
+    client        who sent it, SUM for a sum
     buffers       BatchNorm statistics broadcast this round; empty for a model without
     sent_buffers  BatchNorm statistics the client sent back
+    summed        of a sum, whose updates it is the mean of, weighted by their examples
+    masked        whether what was sent is masked; packets then hold it as one reads it, to the precision of float32
     """
 
     params: dict[str, Tensor]
@@ -32,6 +38,13 @@ class Observation:
     client: int = 0
     buffers: dict[str, Tensor] = field(default_factory=dict)
     sent_buffers: dict[str, Tensor] = field(default_factory=dict)
+    summed: tuple[int, ...] = ()
+    masked: bool = False
+
+    @property
+    def clients(self) -> tuple[int, ...]:
+        """Whose updates are in it."""
+        return self.summed or (self.client,)
 
     @classmethod
     def of(cls, model: nn.Module, num_examples: int) -> "Observation":

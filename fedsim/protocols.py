@@ -4,6 +4,7 @@ FedSGD sends the gradient of one batch and lets the server take the step; FedAvg
 (McMahan et al. 2017, algorithm 1). Both are seen by an eavesdropper as an update, parameters before minus after.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol as TypingProtocol
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from fedsim.checks import number, whole
 from fedsim.data.batches import batch_of, batches_of
-from fedsim.training import Batch, Trained, local_update
+from fedsim.training import Batch, Hooks, Trained, local_update
 
 
 class Protocol(TypingProtocol):
@@ -33,6 +34,13 @@ class Protocol(TypingProtocol):
         """Indices of the images of each local step, in order."""
         ...
 
+    def uses(self, shard: int) -> tuple[int, float]:
+        """How often a round may use one example of a `shard` of that many, and by what chance it does each time.
+
+        A bound for accounting, no promise: chances below 1 are claimed only where the examples are a uniformly random subset.
+        """
+        ...
+
     def train(
         self,
         model: nn.Module,
@@ -40,8 +48,9 @@ class Protocol(TypingProtocol):
         buffers: Mapping[str, Tensor],
         batches: Iterable[Batch],
         proximal: float = 0.0,
+        hooks: Hooks = Hooks(),
     ) -> Trained:
-        """The client's update."""
+        """The client's update; `hooks` are what its defense changes of training."""
         ...
 
 
@@ -77,6 +86,9 @@ class FedSGD:
     def batches(self, shard: Tensor, seed: int, round: int, client: int) -> list[Tensor]:
         return [batch_of(shard, seed=seed, round=round, client=client, batch_size=self.batch_size)]
 
+    def uses(self, shard: int) -> tuple[int, float]:
+        return 1, min(1.0, self.batch_size / shard)
+
     def train(
         self,
         model: nn.Module,
@@ -84,8 +96,9 @@ class FedSGD:
         buffers: Mapping[str, Tensor],
         batches: Iterable[Batch],
         proximal: float = 0.0,
+        hooks: Hooks = Hooks(),
     ) -> Trained:
-        return local_update(model, params, buffers, batches, lr=1.0, proximal=proximal)
+        return local_update(model, params, buffers, batches, lr=1.0, proximal=proximal, hooks=hooks)
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,10 @@ class FedAvg:
             shard, seed=seed, round=round, client=client, batch_size=self.batch_size, epochs=self.epochs, steps=self.steps
         )
 
+    def uses(self, shard: int) -> tuple[int, float]:
+        # Batches are cut from a shuffle, so an epoch uses each example once, and for certain.
+        return (self.epochs if self.steps is None else math.ceil(self.steps / math.ceil(shard / self.batch_size))), 1.0
+
     def train(
         self,
         model: nn.Module,
@@ -133,6 +150,7 @@ class FedAvg:
         buffers: Mapping[str, Tensor],
         batches: Iterable[Batch],
         proximal: float = 0.0,
+        hooks: Hooks = Hooks(),
     ) -> Trained:
         return local_update(
             model,
@@ -143,4 +161,5 @@ class FedAvg:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             proximal=proximal,
+            hooks=hooks,
         )

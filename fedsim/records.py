@@ -3,17 +3,19 @@
 import functools
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedsim.observation import Observation
-from fedsim.wire import Packet, Packets, from_bytes, nbytes, parts
+from fedsim.wire import Packet, Packets, from_bytes, nbytes, pack, parts
 
 ARRAYS, PACKETS, BUFFERS, METRICS, CONFIG, SENDER = "arrays", "packets", "buffers", "metrics", "config", "sender"
+MASKED, VECTOR = "masked", "vector"
 
 
 def arrays_of(*tensors: Mapping[str, Tensor]) -> ArrayRecord:
@@ -72,6 +74,11 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=np.float32 if array.dtype == np.float64 else None))
 
 
+def bytes_of(array: Array) -> bytes:
+    """The bytes of an array of uint8."""
+    return numpy_of(array).tobytes()
+
+
 def numpy_of(array: Array) -> np.ndarray:
     """A read-only view of an array's data.
 
@@ -85,17 +92,67 @@ def numpy_of(array: Array) -> np.ndarray:
     return np.frombuffer(data, dtype=array.dtype, offset=start).reshape(array.shape)
 
 
-def reply_of(packets: Packets, buffers: Mapping[str, Tensor], num_examples: int, loss: float, client: int) -> RecordDict:
-    """A client's reply: the packets as bytes, BatchNorm statistics as they are, and what the protocol reports."""
+def reply_of(
+    packets: Packets, buffers: Mapping[str, Tensor], num_examples: int, loss: float, client: int, summed: Sequence[int] = ()
+) -> RecordDict:
+    """A client's reply: the packets as bytes, BatchNorm statistics as they are, and what the protocol reports.
+
+    summed  of a sum, whose replies it stands for
+    """
     return RecordDict(
         {
             PACKETS: _record({name: _array_of_packet(packet) for name, packet in packets.items()}),
             BUFFERS: arrays_of(buffers),
             METRICS: MetricRecord({"num-examples": num_examples, "train-loss": loss}),
             # Strategies average every entry of a MetricRecord, so who sent it stands apart.
-            SENDER: ConfigRecord({"client": client}),
+            SENDER: ConfigRecord({"client": client, "summed": list(summed)}),
         }
     )
+
+
+def masked_reply_of(vector: bytes, about: Mapping[str, float], num_examples: int, client: int) -> RecordDict:
+    """A client's reply under secure aggregation. `about` says how to read the vector: its `bits`, and the `scale` of an entry."""
+    return RecordDict(
+        {
+            MASKED: _record({VECTOR: array_of(np.frombuffer(vector, np.uint8))}),
+            METRICS: MetricRecord({"num-examples": num_examples}),
+            SENDER: ConfigRecord({"client": client, "summed": [], **about}),
+        }
+    )
+
+
+def is_masked(reply: Message) -> bool:
+    """Whether a reply is a masked vector, of which only the sum means anything."""
+    return reply.has_content() and MASKED in reply.content.array_records
+
+
+def with_content(reply: Message, content: RecordDict) -> Message:
+    """The same reply, with another content."""
+    changed = Message.__new__(Message)
+    changed.__dict__.update(reply.__dict__)
+    changed.__dict__["_content"] = content
+    return changed
+
+
+def client_of(context: Context) -> int:
+    """Which client a node is."""
+    return int(context.node_config["partition-id"])
+
+
+def flattened(update: Mapping[str, Tensor], buffers: Mapping[str, Tensor], loss: float) -> np.ndarray:
+    """All that a client reports as one vector (d,), float64: tensors in the order of their names, then the loss."""
+    tensors = [*(update[name] for name in sorted(update)), *(buffers[name] for name in sorted(buffers)), torch.tensor([loss])]
+    return torch.cat([t.detach().cpu().double().reshape(-1) for t in tensors]).numpy()
+
+
+def unflattened(
+    vector: np.ndarray, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """Update, buffers and loss of a vector that `flattened` made; `params` and `buffers` give names, order and shapes. Float32."""
+    shapes = [(name, params[name].shape) for name in sorted(params)] + [(name, buffers[name].shape) for name in sorted(buffers)]
+    *pieces, loss = torch.from_numpy(vector).split([*(shape.numel() for _, shape in shapes), 1])
+    made = {name: piece.reshape(shape).float() for (name, shape), piece in zip(shapes, pieces, strict=True)}
+    return {name: made[name] for name in params}, {name: made[name] for name in buffers}, float(loss)
 
 
 def _array_of_packet(packet: Packet) -> Array:
@@ -103,16 +160,25 @@ def _array_of_packet(packet: Packet) -> Array:
 
 
 def observation_of(reply: RecordDict, params: dict[str, Tensor], buffers: dict[str, Tensor], round: int) -> Observation:
-    """What a reply shows to someone on its way. Raises ValueError when the packets are not packets."""
-    packets = {name: from_bytes(numpy_of(array).data) for name, array in reply.array_records[PACKETS].items()}
+    """What a reply shows to someone on its way, or a sum of replies. Raises ValueError when the packets are not packets."""
+    sender: Any = reply.config_records[SENDER]
+    if MASKED in reply.array_records:
+        codes = np.frombuffer(numpy_of(reply.array_records[MASKED][VECTOR]).data, f"<i{sender['bits'] // 8}")
+        moved, changes, _ = unflattened(codes / sender["scale"], params, buffers)
+        packets, sent_buffers = pack(moved), {name: t + changes[name] for name, t in buffers.items()}
+    else:
+        packets = {name: from_bytes(numpy_of(array).data) for name, array in reply.array_records[PACKETS].items()}
+        sent_buffers = tensors_of(reply.array_records[BUFFERS])
     return Observation(
         params=params,
         packets=packets,
         num_examples=int(reply.metric_records[METRICS]["num-examples"]),  # type: ignore[arg-type]
         round=round,
-        client=int(reply.config_records[SENDER]["client"]),  # type: ignore[arg-type]
+        client=sender["client"],
         buffers=buffers,
-        sent_buffers=tensors_of(reply.array_records[BUFFERS]),
+        sent_buffers=sent_buffers,
+        summed=tuple(sender["summed"]),
+        masked=MASKED in reply.array_records,
     )
 
 

@@ -3,7 +3,7 @@
     config.json, environment.json   what was asked for; versions, device and command it ran with
     partition.safetensors           indices of each client's images
     rounds.parquet, leaks.parquet   one row for each round; one for each image an attack went for
-    observations/round_00005/       broadcast.safetensors, and client_00003.safetensors for each client listened to
+    observations/round_00005/       broadcast.safetensors, and client_00003.safetensors for each client listened to, sum.safetensors
     reconstructions/dlg/            round_00005.safetensors, what an attack made of them, and how it got there if it recorded that
     checkpoint.safetensors          weights and the strategy's memory after the last finished round
     clients/                        the clients' own: memories of stateful defenses, and what their inspections found
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fedsim.federation import Checkpoint
 from fedsim.files import write_bytes, write_with
-from fedsim.observation import Observation, Reconstruction, Trace
+from fedsim.observation import SUM, Observation, Reconstruction, Trace
 from fedsim.wire import from_bytes, to_bytes
 
 
@@ -116,9 +116,10 @@ class RunFolder:
             packets = {name: torch.frombuffer(bytearray(to_bytes(p)), dtype=torch.uint8) for name, p in one.packets.items()}
             order = json.dumps(list(one.packets))
             _save(
-                folder / f"client_{one.client:05d}.safetensors",
+                folder / f"{_sender(one.client)}.safetensors",
                 _named(packets=packets, sent_buffers=one.sent_buffers),
-                {"num_examples": str(one.num_examples), "round": str(one.round), "client": str(one.client), "order": order},
+                {"num_examples": str(one.num_examples), "round": str(one.round), "client": str(one.client), "order": order}
+                | {"summed": json.dumps(one.summed), "masked": json.dumps(one.masked)},
             )
 
     def observed_rounds(self) -> list[int]:
@@ -126,11 +127,11 @@ class RunFolder:
         return sorted(_number(path) for path in (self.path / "observations").glob("round_*"))
 
     def observations(self, round: int) -> list[Observation]:
-        """What was seen in `round`, in the order of clients. Raises RunError naming a file that is damaged."""
+        """What was seen in `round`, in the order of clients, a sum last. Raises RunError naming a file that is damaged."""
         folder = self._observations(round)
         shared, _ = _load(folder / "broadcast.safetensors")
         seen = []
-        for path in sorted(folder.glob("client_*.safetensors")):
+        for path in (*sorted(folder.glob("client_*.safetensors")), *folder.glob(f"{_sender(SUM)}.safetensors")):
             tensors, about = _load(path)
             packets = _group(tensors, "packets")
             try:
@@ -143,6 +144,8 @@ class RunFolder:
                         client=int(about["client"]),
                         buffers=_group(shared, "buffers"),
                         sent_buffers=_group(tensors, "sent_buffers"),
+                        summed=tuple(json.loads(about.get("summed", "[]"))),  # earlier versions knew neither
+                        masked=json.loads(about.get("masked", "false")),
                     )
                 )
             except (KeyError, ValueError) as error:
@@ -154,7 +157,7 @@ class RunFolder:
         tensors: dict[str, Tensor] = {}
         about: dict[str, str] = {}
         for one, made in zip(seen, found, strict=True):
-            name = f"client_{one.client:05d}"
+            name = _sender(one.client)
             tensors |= {f"{name}/images": made.images, f"{name}/labels": made.labels, f"{name}/losses": made.losses}
             if made.certain is not None:
                 tensors[f"{name}/certain"] = made.certain
@@ -164,16 +167,15 @@ class RunFolder:
         _save(self._reconstructions(attack, seen[0].round), tensors, about)
 
     def reconstructions(self, attack: str, round: int) -> dict[int, Tensor]:
-        """Images (B, C, H, W) that `attack` made in `round`, by client."""
+        """Images (B, C, H, W) that `attack` made in `round`, by client, those of the sum under SUM."""
         tensors, _ = _load(self._reconstructions(attack, round), lambda name: name.count("/") == 1 and name.endswith("/images"))
-        return {int(name[7:12]): t for name, t in tensors.items()}
+        return {_client(name): t for name, t in tensors.items()}
 
     def traces(self, attack: str, round: int) -> dict[int, Trace]:
         """How `attack` got to its reconstructions of `round`, by client; empty when it recorded nothing."""
         tensors, about = _load(self._reconstructions(attack, round), lambda name: "/trace/" in name)
         return {
-            int(name[7:12]): trace_of(_group(tensors, f"{name}/trace"), json.loads(layers))
-            for name, layers in sorted(about.items())
+            _client(name): trace_of(_group(tensors, f"{name}/trace"), json.loads(layers)) for name, layers in sorted(about.items())
         }
 
     def _observations(self, round: int) -> Path:
@@ -248,6 +250,16 @@ def trace_of(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> Trace:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _sender(client: int) -> str:
+    """What is written of a client, or of a sum, bears this name."""
+    return "sum" if client == SUM else f"client_{client:05d}"
+
+
+def _client(name: str) -> int:
+    """The client of a name that starts as `_sender` made it."""
+    return SUM if name.startswith("sum") else int(name[7:12])
 
 
 def _number(path: Path) -> int:

@@ -1,8 +1,8 @@
 """The server: any Flower strategy, around it what turns updates into weights, around that the eavesdropper.
 
-    Seeded( Metered( Pinning( Eavesdropping( Update( FedAvg | FedAdam | Krum | … ) ) ) ) )
+    Seeded( Metered( Secure( Pinning( Eavesdropping( Update( FedAvg | FedAdam | Krum | … ) ) ) ) ) )
 
-Each wraps the next and changes one thing; none overrides a strategy.
+Each wraps the next and changes one thing; none overrides a strategy. Secure is in `fedsim/secure_rounds.py`.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedsim.errors import FederationError
-from fedsim.observation import Observation
+from fedsim.observation import SUM, Observation
 from fedsim.records import (
     ARRAYS,
     METRICS,
@@ -28,10 +28,12 @@ from fedsim.records import (
     array_of,
     arrays_of,
     held_arrays_of,
+    is_masked,
     numpy_of,
     observation_of,
     tensors_of,
     wire_bytes,
+    with_content,
 )
 from fedsim.seeding import seed_of
 
@@ -69,6 +71,8 @@ class UpdateStrategy(Forwarding):
 
     BatchNorm statistics (`buffers`) are no weights: Adam on the server could make a variance negative. They bypass `inner` and are
     averaged by the clients' numbers of examples.
+
+    Masked replies are left out: their sum, if there is one, stands beside them as one more reply.
     """
 
     def __init__(self, inner: Strategy, buffers: Sequence[str] = (), scale: float = 1.0) -> None:
@@ -89,7 +93,9 @@ class UpdateStrategy(Forwarding):
         return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        replies = sorted(replies, key=_sender)
+        replies = sorted((reply for reply in replies if not is_masked(reply)), key=_sender)
+        if not any(reply.has_content() for reply in replies):
+            return None, None  # secure aggregation that ended without a sum
         seen = {
             i: observation_of(reply.content, self._params, self._buffers, server_round)
             for i, reply in enumerate(replies)
@@ -110,7 +116,7 @@ class UpdateStrategy(Forwarding):
         update = seen.update
         after = {name: _step(t.numpy(), update[name].numpy(), self.scale) for name, t in self._params.items()}
         content = RecordDict({ARRAYS: held_arrays_of(after), METRICS: reply.content.metric_records[METRICS]})
-        return _with_content(reply, content)
+        return with_content(reply, content)
 
     def _mean_buffers(self, seen: list[Observation]) -> dict[str, np.ndarray]:
         total = sum(one.num_examples for one in seen)
@@ -137,13 +143,6 @@ def _sender(reply: Message) -> int:
     return int(reply.content.config_records[SENDER]["client"]) if reply.has_content() else -1  # type: ignore[arg-type]
 
 
-def _with_content(reply: Message, content: RecordDict) -> Message:
-    changed = Message.__new__(Message)
-    changed.__dict__.update(reply.__dict__)
-    changed.__dict__["_content"] = content
-    return changed
-
-
 class PinningStrategy(Forwarding):
     """Sets `pinned` parameters anew after each round: a malicious server does not let training wear its trap down."""
 
@@ -162,7 +161,8 @@ class EavesdroppingStrategy(Forwarding):
     """Shows `listen` the replies of the clients that `choose` picks, before `inner` sees them, and hands all replies on unchanged.
 
     choose  of a round and the clients that replied, those to listen to; no reply is even decoded for the others
-    listen  called once a round in which somebody was picked, with one observation for each, in the order of clients
+    listen  called once a round in which somebody was picked, with one observation for each, in the order of clients; whoever
+            listens where updates are masked gets their sum as well, last
     """
 
     def __init__(
@@ -184,7 +184,9 @@ class EavesdroppingStrategy(Forwarding):
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         replies = list(replies)
         by_client = {_sender(reply): reply.content for reply in replies if reply.has_content()}
-        if chosen := sorted(self.choose(server_round, sorted(by_client))):
+        clients = sorted(client for client in by_client if client != SUM)
+        if chosen := sorted(self.choose(server_round, clients)):
+            chosen += [SUM] if SUM in by_client else []
             tensors = tensors_of(self._sent)
             params = {name: t for name, t in tensors.items() if name not in self.buffers}
             buffers = {name: t for name, t in tensors.items() if name in self.buffers}
@@ -195,21 +197,25 @@ class EavesdroppingStrategy(Forwarding):
 class MeteredStrategy(Forwarding):
     """Counts what a round sends, and ends the run when no client answers.
 
-    bytes_down, bytes_up  payload of the last round's training messages and replies
-    replies, failures     how many clients answered, and how many did not or with an error
+    bytes_down, bytes_up  payload of the last round's training messages and replies, and of what else was asked in it
+    replies, failures     how many clients sent an update, and how many did not or failed
     train_metrics, evaluate_metrics  what the clients reported, averaged by `inner`
     """
 
     def __init__(self, inner: Strategy) -> None:
         super().__init__(inner)
         self.bytes_down = self.bytes_up = self.replies = self.failures = 0
+        self._asked: set[int] = set()
+        self._training = False
         self.train_metrics: MetricRecord | None = None
         self.evaluate_metrics: MetricRecord | None = None
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        messages = list(super().configure_train(server_round, arrays, config, grid))
-        self.bytes_down = sum(wire_bytes(message.content) for message in messages)
-        self.failures = len(messages)
+        self.bytes_down = self.bytes_up = 0
+        self._asked = set()
+        messages = list(super().configure_train(server_round, arrays, config, cast(Grid, _Counting(grid, self))))
+        self._training = bool(messages)
+        self.sends(messages)
         return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -219,9 +225,9 @@ class MeteredStrategy(Forwarding):
             if reply.has_error():
                 log.warning("round %d: a client failed and is left out: %s", server_round, reply.error.reason)
         self.replies = len(answers)
-        self.failures -= len(answers)
-        self.bytes_up = sum(wire_bytes(reply.content) for reply in answers)
-        if not answers:
+        self.failures = len(self._asked) - len(answers)
+        self.receives(replies)
+        if not answers and self._training:
             why = next((reply.error.reason for reply in replies if reply.has_error()), "no reply came in time")
             raise FederationError(f"round {server_round}: none of the {self.failures} chosen clients sent an update: {why}")
         arrays, self.train_metrics = super().aggregate_train(server_round, replies)
@@ -230,6 +236,32 @@ class MeteredStrategy(Forwarding):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         self.evaluate_metrics = super().aggregate_evaluate(server_round, replies)
         return self.evaluate_metrics
+
+    def sends(self, messages: Sequence[Message]) -> None:
+        """Counts what goes out to clients."""
+        self.bytes_down += sum(wire_bytes(message.content) for message in messages)
+        self._asked |= {message.metadata.dst_node_id for message in messages}
+
+    def receives(self, replies: Sequence[Message]) -> None:
+        """Counts what comes back."""
+        self.bytes_up += sum(wire_bytes(reply.content) for reply in replies if reply.has_content())
+
+
+class _Counting:
+    """A grid whose every message a meter counts: what a wrapped strategy asks of clients by itself."""
+
+    def __init__(self, grid: Grid, meter: MeteredStrategy) -> None:
+        self._grid, self._meter = grid, meter
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        messages = list(messages)
+        self._meter.sends(messages)
+        replies = list(self._grid.send_and_receive(messages, timeout=timeout))
+        self._meter.receives(replies)
+        return replies
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
 
 
 class SeededStrategy(Forwarding):

@@ -7,7 +7,7 @@ A configuration is a plain nested dict (what `config.json` in a run's folder hol
 import functools
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.data import Corpus, Dataset, load
-from fedsim.defense import Defense
+from fedsim.defense import Defense, Exposure, Private
+from fedsim.exposure import exposures
 from fedsim.inspection import Inspection
 from fedsim.protocols import Protocol
+from fedsim.secure_aggregation import Plain, Secure
 from fedsim.seeding import generator
 from fedsim.servers import Honest, Server
 
@@ -41,6 +43,7 @@ class Setup:
     defense   what clients do to an update before they send it
     server    who hands out the model: an honest server, or one that changes it
     inspection  what clients look for in it
+    aggregation  whether the server sees updates, or their sum
     """
 
     config: Config
@@ -52,6 +55,7 @@ class Setup:
     device: torch.device
     server: Server = Honest()
     inspection: Inspection = Inspection("off")
+    aggregation: Plain | Secure = Plain()
 
     def model(self) -> nn.Module:
         """A new model as the server first broadcasts it, on the run's device, in the mode clients train in."""
@@ -72,10 +76,23 @@ class Setup:
         images, labels = self.dataset.train.batch(index)
         return images.to(self.device), labels.to(self.device)
 
-    def truth(self, round: int, client: int) -> tuple[Tensor, Tensor]:
-        """The images and labels that `client` computed its update of `round` from, each once, in the order of first use."""
+    def exposures(self, rounds: int) -> tuple[Exposure, ...]:
+        """How often `rounds` rounds use the data of the most exposed clients."""
+        return exposures(self.protocol, [len(shard) for shard in self.shards], self.seed, rounds)
+
+    def examples(self, round: int, client: int) -> Tensor:
+        """Places in the training set that `client` computed its update of `round` from, each once, in the order of first use."""
         index = torch.cat(self.protocol.batches(self.shards[client], self.seed, round, client))
-        return self.batch(torch.tensor(list(dict.fromkeys(index.tolist()))))
+        return torch.tensor(list(dict.fromkeys(index.tolist())))
+
+    def truth(self, round: int, *clients: int) -> tuple[Tensor, Tensor]:
+        """The images and labels that `clients` computed their updates of `round` from, one client's behind the other's."""
+        return self.batch(torch.cat([self.examples(round, client) for client in clients]))
+
+
+def planned(defense: Defense, exposures: Sequence[Exposure]) -> Defense:
+    """The defense with the noise that its target epsilon, if it has one, takes when it is applied so often."""
+    return defense.planned(exposures) if isinstance(defense, Private) else defense
 
 
 def device_of(name: str) -> torch.device:
@@ -104,17 +121,21 @@ def _setup_of(text: str) -> Setup:
     dataset = _dataset_of(json.dumps(config["data"], sort_keys=True), config["seed"])
     protocol = build(config["federation"])
     shards = build(config["partition"])(dataset.train.labels, protocol.clients, config["seed"])
+    defense = build(config["defense"])
+    if "rounds" in config:
+        defense = planned(defense, exposures(protocol, [len(shard) for shard in shards], config["seed"], config["rounds"]))
     return Setup(
         config,
         config["seed"],
         dataset,
         shards,
         protocol,
-        build(config["defense"]),
+        defense,
         device_of(config.get("device", "auto")),
-        # Folders of earlier versions have neither.
+        # Folders of earlier versions have none of these.
         build(config["server"]) if "server" in config else Honest(),
         build(config["inspect"]) if "inspect" in config else Inspection("off"),
+        build(config["aggregation"]) if "aggregation" in config else Plain(),
     )
 
 

@@ -41,6 +41,11 @@ def predictions(labels: Tensor) -> int:
     return int((labels != IGNORED).sum())
 
 
+def probabilities(labels: Tensor, classes: int) -> Tensor:
+    """Labels (B,) of classes as probabilities (B, classes); those that are probabilities as they are."""
+    return labels if labels.is_floating_point() else F.one_hot(labels, classes).float()
+
+
 def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Detached copies of a model's parameters and of its buffers (BatchNorm statistics)."""
     params = {name: t.detach().clone() for name, t in model.named_parameters()}
@@ -73,10 +78,34 @@ def stacked_loss(
 ) -> Tensor:
     """The sum of P losses, as `batch_loss`, of P batches at parameters of their own: every argument begins with P.
 
-    They share nothing, so its gradient holds each one's own.
+    They share nothing, so its gradient holds each one's own. One alone needs no vmap, which would make grouped convolutions.
     """
     loss = partial(batch_loss, model, penalty=penalty)
+    if len(images) == 1:
+        alone, theirs = ({name: t[0] for name, t in part.items()} for part in (params, buffers))
+        return loss(alone, theirs, images[0], labels[0])
     return vmap(loss, randomness="different")(params, buffers, images, labels).sum()
+
+
+def batch_gradients(
+    model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], images: Tensor, labels: Tensor
+) -> tuple[Tensor, Update]:
+    """The loss of one batch at `params`, and its gradient by name."""
+    leaves = {name: t.detach().requires_grad_() for name, t in params.items()}
+    loss = batch_loss(model, leaves, buffers, images, labels)
+    return loss.detach(), dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a defense changes of local training itself, its randomness included; see `fedsim.defense.hooks_of`.
+
+    batch      the batch that is trained on instead of a batch
+    gradients  loss and gradient by name, of (model, parameters, buffers, images, labels, number of the step from 0)
+    """
+
+    batch: Callable[[Tensor, Tensor], Batch] | None = None
+    gradients: Callable[[nn.Module, Update, dict[str, Tensor], Tensor, Tensor, int], tuple[Tensor, Update]] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +129,7 @@ def local_update(
     proximal: float = 0.0,
     loss_of_batch: Callable[..., Tensor] = batch_loss,
     differentiable: bool = False,
+    hooks: Hooks = Hooks(),
 ) -> Trained:
     """Parameters before minus after one step of SGD for each batch.
 
@@ -108,20 +138,30 @@ def local_update(
     BatchNorm; its own parameters are neither read nor written.
 
     An attacker imitates many clients at once with `loss_of_batch=stacked_loss`, and `differentiable` gives it the update's
-    derivatives with respect to the batches.
+    derivatives with respect to the batches. A client passes the `hooks` of its defense; they are not differentiated through.
     """
+    if differentiable and hooks != Hooks():
+        raise ValueError(
+            "an update is differentiable in the batch that is trained on: apply the defense's hooks before, leave out hooks"
+        )
     start = {name: t.detach().requires_grad_(differentiable) for name, t in params.items()}
     buffers = {name: t.clone() for name, t in buffers.items()}  # BatchNorm writes to them
     moved: Update = {}  # kept rather than subtracted from `start` in the end, which would round the update to the size of a weight
     velocity: dict[str, Tensor] = {}
     losses = []
-    for images, labels in batches:
+    for step, (images, labels) in enumerate(batches):
+        if hooks.batch:
+            images, labels = hooks.batch(images, labels)
         now = difference(start, moved) if moved else start
-        leaves = now if differentiable else {name: t.detach().requires_grad_() for name, t in now.items()}
-        loss = loss_of_batch(model, leaves, buffers, images, labels)
-        gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=differentiable)
+        if hooks.gradients:
+            loss, gradients = hooks.gradients(model, now, buffers, images, labels, step)
+        else:
+            leaves = now if differentiable else {name: t.detach().requires_grad_() for name, t in now.items()}
+            loss = loss_of_batch(model, leaves, buffers, images, labels)
+            gradients = dict(zip(now, torch.autograd.grad(loss, list(leaves.values()), create_graph=differentiable), strict=True))
         losses.append(loss.detach())
-        for name, gradient in zip(now, gradients, strict=True):
+        for name in now:
+            gradient = gradients[name]
             if weight_decay:
                 gradient = gradient.add(now[name], alpha=weight_decay)
             if proximal and name in moved:

@@ -113,7 +113,7 @@ def test_pixels_that_were_sent_are_exact_whatever_else_was_not() -> None:
     packets, _ = TopK(0.1)(dense.packets, {}, generator(0, "topk"))
     packets["features.1.bias"] = dense.packets["features.1.bias"]
     kept = torch.zeros(127 * 70, dtype=torch.bool)
-    kept[packets["features.1.weight"].support.long()] = True
+    kept[packets["features.1.weight"].support] = True
     columns = kept.reshape(127, 70).any(0)
     assert 20 < columns.sum() < 70  # or the test would not tell
     (found,) = Analytic()([replace(dense, packets=packets)], Knowledge(TINY, 11), model, generator(0, "sparse"))

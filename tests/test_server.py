@@ -112,7 +112,7 @@ def test_an_observation_is_what_was_sent_to_the_byte_and_nothing_else(monkeypatc
     assert seen == sorted(sent, key=lambda reply: reply[0])
     assert_same(left.seen[0].params, left.checkpoints[0].tensors)
     fields = {field.name for field in dataclasses.fields(Observation)}
-    assert fields == {"params", "packets", "num_examples", "round", "client", "buffers", "sent_buffers"}
+    assert fields == {"params", "packets", "num_examples", "round", "client", "buffers", "sent_buffers", "summed", "masked"}
 
 
 def test_nobody_is_listened_to_who_was_not_picked():

@@ -1,0 +1,97 @@
+"""Defenses that train on mixtures of images, with their labels mixed alike. A batch of one image has nothing to be mixed with."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.checks import number, whole
+from fedsim.defense import State
+from fedsim.training import Batch, probabilities
+from fedsim.updates import Update
+from fedsim.wire import Packets
+
+
+def images_of(defense: object, images: Tensor) -> Tensor:
+    """The images. Raises ValueError for anything else: the defense that was chosen works on pixels."""
+    if images.dim() != 4 or not images.is_floating_point():
+        raise ValueError(f"{type(defense).__name__} works on images (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    return images
+
+
+@dataclass(frozen=True)
+class MixUp:
+    """Trains on lambda x_i + (1 - lambda) x_j, and the same of the labels, with lambda ~ Beta(alpha, alpha) (Zhang et al. 2018).
+
+    One lambda a batch and j a permutation of it, as in the paper's own code. Small values of alpha mix little.
+    """
+
+    alpha: float = 1.0
+
+    mixes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        number("alpha", self.alpha, 0, above=True)
+
+    def init(self, like: Update) -> State:
+        return {}
+
+    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
+        return packets, state
+
+    def batch(self, images: Tensor, labels: Tensor, classes: int, rng: torch.Generator) -> Batch:
+        images, labels = images_of(self, images), probabilities(labels, classes)
+        seed = int(torch.randint(2**62, (), generator=rng))  # torch draws no Beta from a generator
+        share = float(np.random.default_rng(seed).beta(self.alpha, self.alpha))
+        other = torch.randperm(len(images), generator=rng).to(images.device)
+        return share * images + (1 - share) * images[other], share * labels + (1 - share) * labels[other]
+
+
+@dataclass(frozen=True)
+class InstaHide:
+    """Trains on mixtures of `k` images with a random sign for each pixel (Huang et al. 2020, the setting within one data set).
+
+    The paper's pixels lie in [-1, 1], where a sign is a reflection about 0; here they lie in [0, 1], and the same mask replaces a
+    pixel p of the mixture by 1 - p in half of the places. Weights are uniform on those that add up to 1 and are at most `largest`.
+    Each image is mixed with `k` - 1 others of its batch, not of the whole data set. Carlini et al. (2021) undo it.
+    """
+
+    k: int = 4
+    largest: float = 0.65
+
+    mixes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        whole("k", self.k)
+        number("largest", self.largest, 0, 1, above=True)
+        if self.k > 1 and self.largest * self.k <= 1.05:
+            raise ValueError(
+                f"weights of {self.k} images add up to 1: largest must be well above {1 / self.k:g}, got {self.largest}"
+            )
+
+    def init(self, like: Update) -> State:
+        return {}
+
+    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
+        return packets, state
+
+    def batch(self, images: Tensor, labels: Tensor, classes: int, rng: torch.Generator) -> Batch:
+        images, labels = images_of(self, images), probabilities(labels, classes)
+        n = len(images)
+        weights = torch.stack([self._weights(rng) for _ in range(n)], 1).to(images)  # (k, B)
+        order = torch.stack([torch.arange(n), *(torch.randperm(n, generator=rng) for _ in range(self.k - 1))]).to(images.device)
+        mixed = torch.einsum("kb,kbchw->bchw", weights, images[order])
+        kept = (torch.rand(mixed.shape, generator=rng) < 0.5).to(images.device)
+        return torch.where(kept, mixed, 1 - mixed), torch.einsum("kb,kbn->bn", weights, labels[order])
+
+    def _weights(self, rng: torch.Generator) -> Tensor:
+        if self.k == 1:
+            return torch.ones(1)
+        while True:  # one try in at most a few hundred is kept, see __post_init__
+            # Exponential numbers over their sum are uniform on the simplex.
+            draws = -torch.log1p(-torch.rand(self.k, generator=rng, dtype=torch.float64))
+            weights = draws / draws.sum()
+            if float(weights.max()) <= self.largest:
+                return weights.float()

@@ -1,0 +1,259 @@
+"""Clipping, and differential privacy by clipping and noise: of a whole update, or of each example's gradient.
+
+A client's own noise protects it from whoever reads what it sends, the server and this laboratory's eavesdropper included; that is
+the local model. It is dear: n clients add n times the variance that a trusted server would add once. What is proved covers the
+update, not what is reported beside it: the mean training loss, the number of examples, BatchNorm statistics.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad_and_value, vmap
+
+from fedsim.accounting import epsilon, noise_for
+from fedsim.checks import number
+from fedsim.defense import Belief, Beliefs, Exposure, Guarantee, State
+from fedsim.training import batch_loss
+from fedsim.updates import Update, norm
+from fedsim.wire import Packets, pack, unpack
+
+AT_ONCE = 2**26  # gradient entries of examples that are held at a time: 256 MB
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Scales the whole update down to a length of at most `clip` (McMahan et al. 2018, flat clipping).
+
+    No protection by itself: all entries shrink by one common factor, which a gap that ignores scale does not notice.
+    """
+
+    clip: float
+
+    def __post_init__(self) -> None:
+        number("clip", self.clip, 0, above=True)
+
+    def init(self, like: Update) -> State:
+        return {}
+
+    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
+        length = float(norm(unpack(packets)))
+        if length <= self.clip:
+            return packets, state
+        share = self.clip / length
+        factor = math.sqrt(share)  # of each of two factors
+        return {
+            name: replace(p, values=p.values * (share if p.rank is None else factor), grid=None) for name, p in packets.items()
+        }, state
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        """What is shorter than `clip` was not touched; of what was, each entry grew by one unknown factor >= 1.
+
+        The values stay as they are, with their weight: a gap that ignores scale takes them for what they are.
+        """
+        longest = norm({name: torch.maximum(b.low.abs(), b.high.abs()) for name, b in beliefs.items()})
+        if float(longest) < self.clip * (1 - 1e-5):  # what was clipped is as long as `clip`, up to float32
+            return dict(beliefs)
+        return {name: _grown(belief) for name, belief in beliefs.items()}
+
+
+def _grown(belief: Belief) -> Belief:
+    """Of a tensor that is the one believed in, times an unknown factor >= 1. A hair's breadth is left for float32."""
+    return replace(belief, low=_least(belief.low), high=-_least(-belief.high))
+
+
+def _least(low: Tensor) -> Tensor:
+    """No more than a number that was no smaller than `low` after it shrank: below float32's normal range only its sign is left."""
+    rounded = torch.where(low > 0, torch.zeros_like(low), -math.inf)
+    return torch.where(low >= torch.finfo(torch.float32).tiny, low * (1 - 1e-5), rounded)
+
+
+PrivateDefense = TypeVar("PrivateDefense", "DPFedAvg", "DPSGD")
+
+
+def _checked(defense: "DPFedAvg | DPSGD") -> None:
+    number("clip", defense.clip, 0, above=True)
+    if (defense.noise_multiplier is None) == (defense.epsilon is None):
+        given = f"noise_multiplier={defense.noise_multiplier} and epsilon={defense.epsilon}"
+        raise ValueError(f"{type(defense).__name__} takes noise_multiplier or epsilon, and null for the other, got {given}")
+    if defense.noise_multiplier is not None:
+        number("noise_multiplier", defense.noise_multiplier, 0)
+    if defense.epsilon is not None:
+        number("epsilon", defense.epsilon, 0, above=True)
+    number("delta", defense.delta, 0, 1, above=True)
+
+
+def _noise(defense: "DPFedAvg | DPSGD") -> float:
+    """Standard deviation of the noise on a clipped sum."""
+    if defense.noise_multiplier is None:
+        raise ValueError(
+            f"{defense!r} has no noise before it is planned for a run: call planned(exposures), or give noise_multiplier"
+        )
+    return defense.clip * defense.noise_multiplier
+
+
+def _planned(defense: PrivateDefense, exposures: Sequence[Exposure]) -> PrivateDefense:
+    if defense.epsilon is None:
+        return defense
+    target = defense.epsilon
+
+    def spent(noise_multiplier: float) -> float:
+        return max(defense._epsilon(noise_multiplier, one) for one in exposures)
+
+    return replace(defense, noise_multiplier=noise_for(target, spent), epsilon=None)
+
+
+@dataclass(frozen=True)
+class DPFedAvg:
+    """Clips the whole update to a length of `clip` and adds N(0, (clip * noise_multiplier)^2) to every entry of it.
+
+    The client side of DP-FedAvg (McMahan et al. 2018), in the local model: each client adds all the noise that its own protection
+    takes, and all that it holds, replaced by anything, is hidden: epsilon is that of a Gaussian mechanism of sensitivity 2 * clip,
+    composed over the rounds it takes part in. In the paper's central model a trusted server adds this noise once to the sum; here
+    the sum of m clients has sqrt(m) times it, so who sees nothing but the global model faces a multiplier of noise_multiplier *
+    sqrt(m), and does not know who was chosen. Entries that an earlier defense left out are sent as noise: places tell.
+
+    noise_multiplier  or `epsilon`, which a run turns into the multiplier that spends this much at `delta` over its rounds
+    """
+
+    clip: float
+    noise_multiplier: float | None = None
+    epsilon: float | None = None
+    delta: float = 1e-5
+
+    unit: ClassVar[str] = "client"
+
+    def __post_init__(self) -> None:
+        _checked(self)
+
+    def init(self, like: Update) -> State:
+        return {}
+
+    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
+        std = _noise(self)
+        clipped, _ = Clip(self.clip)(packets, {}, rng)
+        noisy = {name: t + std * torch.randn(t.shape, generator=rng).to(t.device) for name, t in unpack(clipped).items()}
+        return pack(noisy), state
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        """Nothing is certain any more; the values are the clipped update's on average."""
+        return _unbounded(beliefs) if _noise(self) else Clip(self.clip).explain(packets, beliefs)
+
+    def guarantee(self, exposures: Sequence[Exposure]) -> Guarantee | None:
+        """Of a client, towards the reader of its messages."""
+        _noise(self)
+        most = max(one.rounds for one in exposures)
+        multiplier = self.noise_multiplier or 0.0
+        return Guarantee(self._epsilon(multiplier, Exposure(most)), self.delta, self.unit, multiplier, most)
+
+    def planned(self, exposures: Sequence[Exposure]) -> "DPFedAvg":
+        return _planned(self, exposures)
+
+    def _epsilon(self, noise_multiplier: float, exposure: Exposure) -> float:
+        return epsilon(noise_multiplier, exposure.rounds, self.delta)
+
+
+@dataclass(frozen=True)
+class DPSGD:
+    """Clips the gradient of each example to a length of `clip` and adds N(0, (clip * noise_multiplier)^2) to their sum, each step.
+
+    Abadi et al. (2016, algorithm 1), by each client itself: one example replaced by any other is hidden, towards the reader of the
+    client's messages. Needs a model that treats examples apart, so no BatchNorm in training mode. Costs the memory of many
+    gradients; epsilon counts on the examples of a batch being secret.
+
+    noise_multiplier  or `epsilon`, which a run turns into the multiplier that spends this much at `delta` over its rounds
+    """
+
+    clip: float
+    noise_multiplier: float | None = None
+    epsilon: float | None = None
+    delta: float = 1e-5
+
+    unit: ClassVar[str] = "example"
+
+    def __post_init__(self) -> None:
+        _checked(self)
+
+    def init(self, like: Update) -> State:
+        return {}
+
+    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
+        return packets, state
+
+    def gradients(
+        self,
+        model: nn.Module,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        images: Tensor,
+        labels: Tensor,
+        step: int,
+        rng: torch.Generator,
+    ) -> tuple[Tensor, Update]:
+        std, batch = _noise(self), len(images)
+        total, losses = clipped_sum(model, params, buffers, images, labels, self.clip)
+        noisy = {name: t + std * torch.randn(t.shape, generator=rng).to(t.device) for name, t in total.items()}
+        return losses.mean(), {name: t / batch for name, t in noisy.items()}
+
+    def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        """Nothing is certain any more; the values are the mean of the clipped gradients on average."""
+        return _unbounded(beliefs)
+
+    def guarantee(self, exposures: Sequence[Exposure]) -> Guarantee | None:
+        """Of an example, towards the reader of its client's messages."""
+        _noise(self)
+        multiplier = self.noise_multiplier or 0.0
+        spent = max(self._epsilon(multiplier, one) for one in exposures)
+        return Guarantee(spent, self.delta, self.unit, multiplier, max(one.rounds * one.uses for one in exposures))
+
+    def planned(self, exposures: Sequence[Exposure]) -> "DPSGD":
+        return _planned(self, exposures)
+
+    def _epsilon(self, noise_multiplier: float, exposure: Exposure) -> float:
+        return epsilon(noise_multiplier, exposure.rounds * exposure.uses, self.delta, exposure.rate)
+
+
+def clipped_sum(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    clip: float,
+) -> tuple[Update, Tensor]:
+    """The sum of the examples' gradients, each of a length of at most `clip`, and their losses (B,)."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(
+                f"DPSGD needs each example's own gradient, and {name or 'the model'} normalises by the batch: take "
+                "model.norm=group, or federation.train_mode=false"
+            )
+
+    def one(params: Update, image: Tensor, label: Tensor) -> Tensor:
+        return batch_loss(model, params, buffers, image[None], label[None])
+
+    # Dropout, if any, draws for each example.
+    each = vmap(grad_and_value(one), in_dims=(None, 0, 0), randomness="different")
+    at_once = max(1, AT_ONCE // max(1, sum(t.numel() for t in params.values())))
+    total = {name: torch.zeros_like(t) for name, t in params.items()}
+    losses = []
+    start = {name: t.detach() for name, t in params.items()}
+    for some, their in zip(images.split(at_once), labels.split(at_once), strict=True):
+        gradients, loss = each(start, some, their)
+        squares = sum(g.double().square().flatten(1).sum(1) for g in gradients.values())
+        lengths = torch.as_tensor(squares).sqrt()
+        shares = (clip / lengths).clamp(max=1.0)
+        for name, g in gradients.items():
+            total[name] += torch.tensordot(shares.to(g), g, 1)
+        losses.append(loss.detach())
+    return total, torch.cat(losses)
+
+
+def _unbounded(beliefs: Mapping[str, Belief]) -> Beliefs:
+    return {
+        name: replace(b, low=torch.full_like(b.low, -math.inf), high=torch.full_like(b.high, math.inf))
+        for name, b in beliefs.items()
+    }

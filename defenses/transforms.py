@@ -1,0 +1,105 @@
+"""Defenses that train on transformed images, each for itself."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from defenses.mixing import images_of
+from fedsim.defense import State
+from fedsim.training import Batch
+from fedsim.updates import Update
+from fedsim.wire import Packets
+
+# (operation, strength in 0..9): the 50 transforms that policies name by their places, as published with the paper.
+LIBRARY: tuple[tuple[str, int], ...] = (
+    *(("invert", 7), ("contrast", 6), ("rotate", 2), ("translate_x", 9), ("sharpness", 1)),
+    *(("sharpness", 3), ("shear_y", 2), ("translate_y", 2), ("autocontrast", 5), ("equalize", 2)),
+    *(("shear_y", 5), ("posterize", 5), ("color", 3), ("brightness", 5), ("sharpness", 9)),
+    *(("brightness", 9), ("equalize", 5), ("equalize", 1), ("contrast", 7), ("sharpness", 5)),
+    *(("color", 5), ("translate_x", 5), ("equalize", 7), ("autocontrast", 8), ("translate_y", 3)),
+    *(("sharpness", 6), ("brightness", 6), ("color", 8), ("solarize", 0), ("invert", 0)),
+    *(("equalize", 0), ("autocontrast", 0), ("equalize", 8), ("equalize", 4), ("color", 5)),
+    *(("equalize", 5), ("autocontrast", 4), ("solarize", 4), ("brightness", 3), ("color", 0)),
+    *(("solarize", 1), ("autocontrast", 0), ("translate_y", 3), ("translate_y", 3), ("autocontrast", 1)),
+    *(("solarize", 1), ("equalize", 5), ("invert", 0), ("translate_y", 3), ("autocontrast", 1)),
+)
+RANDOM = "random"
+LENGTH = 3  # transforms of a random policy, as of the published ones
+
+
+@dataclass(frozen=True)
+class ATS:
+    """Trains on images transformed by a policy chosen to defeat reconstruction (Gao et al. 2021).
+
+    A policy names transforms of the library that are applied one after the other: `3-1-7` and `43-18-18` are the paper's for
+    CIFAR-100. With `3-1-7+43-18-18` one of them is drawn for each image, its hybrid; with `random`, any three transforms, its
+    baseline. The paper's search for policies is left out. Operations are AutoAugment's, with the strengths of the authors' code
+    (enhancements to 1 +- 0.5), by torchvision on bytes. What an attacker then reconstructs is the transformed image.
+    """
+
+    policy: str = "3-1-7+43-18-18"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, str) or not all(map(_places, self.policy.split("+"))):
+            example = f"numbers below {len(LIBRARY)} such as 3-1-7, several of these joined by +, or {RANDOM}"
+            raise ValueError(f"policy must be {example}, got {self.policy!r}")
+
+    def init(self, like: Update) -> State:
+        return {}
+
+    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
+        return packets, state
+
+    def batch(self, images: Tensor, labels: Tensor, classes: int, rng: torch.Generator) -> Batch:
+        return torch.stack([self._transformed(image, rng) for image in images_of(self, images)]), labels
+
+    def _transformed(self, image: Tensor, rng: torch.Generator) -> Tensor:
+        policies = self.policy.split("+")
+        policy = policies[int(torch.randint(len(policies), (), generator=rng))]
+        places = torch.randint(len(LIBRARY), (LENGTH,), generator=rng).tolist() if policy == RANDOM else _places(policy)
+        pixels = (image * 255).round().byte()
+        for place in places:
+            name, strength = LIBRARY[place]
+            sign = 1 - 2 * int(torch.randint(2, (), generator=rng))
+            pixels = operation(name)(pixels, strength / 9, sign)
+        return pixels.to(image) / 255
+
+
+def _places(policy: str) -> list[int]:
+    """Places in the library; empty when that is not what they are. A random policy is given one, which is not used."""
+    words = ["0"] if policy == RANDOM else policy.split("-")
+    return [int(word) for word in words] if all(word.isdecimal() and int(word) < len(LIBRARY) for word in words) else []
+
+
+def operation(name: str) -> Callable[[Tensor, float, int], Tensor]:
+    """AutoAugment's operation `name`, of bytes (C, H, W), a strength in [0, 1], and a sign for those that have two directions."""
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as F
+
+    def moved(image: Tensor, across: float = 0.0, down: float = 0.0, shear: float = 0.0) -> Tensor:
+        height, width = image.shape[-2:]
+        offset = [round(across * width), round(down * height)]
+        degrees = math.degrees(math.atan(shear))
+        smooth = InterpolationMode.BILINEAR
+        return F.affine(image, 0.0, offset, 1.0, [0.0, degrees], interpolation=smooth, center=[0.0, 0.0])
+
+    span, enhance = 150 / 331, 0.5
+    made: dict[str, Callable[[Tensor, float, int], Tensor]] = {
+        "translate_x": lambda x, s, sign: moved(x, across=sign * s * span),
+        "translate_y": lambda x, s, sign: moved(x, down=sign * s * span),
+        "shear_y": lambda x, s, sign: moved(x, shear=sign * s * 0.3),
+        "rotate": lambda x, s, sign: F.rotate(x, 30 * s, InterpolationMode.BILINEAR, fill=[128.0] * x.shape[0]),
+        "color": lambda x, s, sign: F.adjust_saturation(x, 1 + sign * s * enhance),
+        "contrast": lambda x, s, sign: F.adjust_contrast(x, 1 + sign * s * enhance),
+        "brightness": lambda x, s, sign: F.adjust_brightness(x, 1 + sign * s * enhance),
+        "sharpness": lambda x, s, sign: F.adjust_sharpness(x, 1 + sign * s * enhance),
+        "posterize": lambda x, s, sign: F.posterize(x, round(8 - 4 * s)),
+        "solarize": lambda x, s, sign: F.solarize(x, 256 * (1 - s)) if s else x,  # no byte reaches 256
+        "autocontrast": lambda x, s, sign: F.autocontrast(x),
+        "equalize": lambda x, s, sign: F.equalize(x),
+        "invert": lambda x, s, sign: F.invert(x),
+    }
+    return made[name]
