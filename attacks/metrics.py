@@ -133,19 +133,15 @@ def _lpips_network(net: str, path: Path, changed: int) -> Any:
 def features(model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], images: Tensor) -> Tensor:
     """(N, D) what the model's last linear layer is given for images (N, C, H, W), in eval mode.
 
-    For a `fedsim.models.Classifier`, its features before any bottleneck, which may be random; for another module, the input of
-    the linear layer that runs last, flattened. Raises ValueError for a model in which none runs.
+    For a `fedsim.models.Classifier`, its features before any bottleneck, which may be random, flattened; for another module, the
+    input of the linear layer that runs last. Raises ValueError for a model in which none runs.
     """
     caught: list[Tensor] = []
     was_training = model.training
+    watched: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if isinstance(model, Classifier):
-        hooks = [model.features.register_forward_hook(lambda module, inputs, output: caught.append(output))]
-    else:
-        hooks = [
-            module.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
-            for module in model.modules()
-            if isinstance(module, nn.Linear)
-        ]
+        watched = [model.head if model.bottleneck is None else model.bottleneck]
+    hooks = [module.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0])) for module in watched]
     try:
         model.eval()
         with torch.no_grad():

@@ -188,9 +188,14 @@ def replaces_gradient(defense: object) -> bool:
     return any(map(replaces_gradient, inner)) if inner else isinstance(defense, GradientDefense)
 
 
+def _acts_in_training(defense: object) -> bool:
+    inner = (*getattr(defense, "parts", ()), *([defense.inner] if isinstance(defense, ErrorFeedback) else []))
+    return any(map(_acts_in_training, inner)) if inner else isinstance(defense, BatchDefense | GradientDefense)
+
+
 @dataclass(frozen=True)
 class Partial:
-    """Applies `inner` to the tensors whose names begin with one of `prefixes`; the others are sent as they are.
+    """Applies `inner` to the tensors whose names begin with one of `prefixes`; the others are sent as they are, without any proof.
 
     Noise on the layers in front of a variational bottleneck, whose gradients it does not hide, is PRECODE with partial perturbation
     (Scheliga et al. 2022, arXiv:2208.04767). A size of noise that is `relative` is so to the tensors it is added to.
@@ -202,6 +207,8 @@ class Partial:
     def __init__(self, inner: Defense, prefixes: Sequence[str]) -> None:
         if not _is_defense(inner):
             raise TypeError(f"a partial defense wraps a defense, got {inner!r}")
+        if _acts_in_training(inner):
+            raise ValueError(f"a partial defense is one of the update, and {inner!r} acts on all tensors while the client trains")
         if isinstance(prefixes, str) or not prefixes:
             raise ValueError(
                 f"prefixes must be a list of at least one beginning of a name, such as ['features.'], got {prefixes!r}"

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from fedsim.inspection import Finding, Inspection, Refused
 from fedsim.records import ARRAYS, CONFIG, METRICS, SENDER, client_of, reply_of, tensors_of
 from fedsim.secure_aggregation import Secure
 from fedsim.secure_rounds import answer_steps, masked_reply, shares_in
-from fedsim.seeding import generator, seed_of
+from fedsim.seeding import generator, global_stream, seed_of
 from fedsim.setup import Config, Setup, model_of, one_thread, setup_of
 from fedsim.training import evaluate
 from fedsim.updates import Update
@@ -137,7 +136,6 @@ def _round(path: Path) -> int:
     return int(path.stem.removeprefix("round_"))
 
 
-_global_rng = threading.RLock()
 _draws: weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]] = weakref.WeakKeyDictionary()
 
 
@@ -150,7 +148,7 @@ def chance_seeded(model: nn.Module, images: Tensor, seed: int) -> Iterator[None]
     if not draws(model, images):
         yield
         return
-    with _global_rng, torch.random.fork_rng():
+    with global_stream, torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
@@ -161,7 +159,7 @@ def draws(model: nn.Module, images: Tensor) -> bool:
     known = _draws.setdefault(model, {})
     if model.training not in known:
         tensors = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}  # BatchNorm writes to them
-        with _global_rng, torch.random.fork_rng():
+        with global_stream, torch.random.fork_rng():
             before = _streams(images)
             functional_call(model, tensors, (images,))
             known[model.training] = not torch.equal(before, _streams(images))

@@ -4,8 +4,13 @@ A stream depends on the run's seed and its own name only, so adding a draw in on
 """
 
 import hashlib
+import threading
 
 import torch
+
+# PyTorch's modules draw from one stream that all threads share, when they are made and in training mode: whoever seeds, forks or
+# draws from it where other threads may be at work holds this.
+global_stream = threading.RLock()
 
 
 def seed_of(seed: int, *names: str | int) -> int:

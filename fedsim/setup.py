@@ -20,7 +20,7 @@ from fedsim.exposure import exposures
 from fedsim.inspection import Inspection
 from fedsim.protocols import Protocol
 from fedsim.secure_aggregation import Plain, Secure
-from fedsim.seeding import generator
+from fedsim.seeding import generator, global_stream
 from fedsim.servers import Honest, Server
 
 Config = dict[str, Any]
@@ -59,15 +59,16 @@ class Setup:
 
     def model(self) -> nn.Module:
         """A new model as the server first broadcasts it, on the run's device, in the mode clients train in."""
-        model = build(
-            self.config["model"],
-            image_shape=self.dataset.image_shape,
-            num_classes=self.dataset.num_classes,
-            mean=self.dataset.mean,
-            std=self.dataset.std,
-            rng=generator(self.seed, "init"),
-        )
-        model = self.server(model, self.dataset.test, generator(self.seed, "server"))
+        with global_stream:
+            model = build(
+                self.config["model"],
+                image_shape=self.dataset.image_shape,
+                num_classes=self.dataset.num_classes,
+                mean=self.dataset.mean,
+                std=self.dataset.std,
+                rng=generator(self.seed, "init"),
+            )
+            model = self.server(model, self.dataset.test, generator(self.seed, "server"))
         model.to(self.device).train(self.protocol.train_mode)
         return model
 

@@ -1,6 +1,7 @@
 """Bottlenecks: what they compute, that what they draw is a client's own and reproducible, and that evaluation draws nothing."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fedsim.engines.inline import Inline
 from fedsim.models import ConvolutionalBottleneck, Dropout, Precode, Stochastic
 from fedsim.models.bottleneck import divergence_bits
 from fedsim.seeding import generator
+from fedsim.setup import setup_of
 from fedsim.training import batch_loss, evaluate, local_update, split
 
 SHAPE = (3, 11, 13)
@@ -209,6 +211,23 @@ def test_what_a_client_draws_is_its_own_and_the_same_on_any_number_of_workers(mo
     by_client = {(one.round, one.client): one.update for one in alone}
     for client in range(3):  # one image each, the same in both rounds
         assert relative_distance(by_client[1, client], by_client[2, client]) > 1e-3
+
+
+def test_no_model_is_made_while_a_client_draws():
+    """Layers draw as they are made, from the stream that the client has seeded."""
+    setup = setup_of(config(model=guarded_mlp(width=3)))
+    model, made = setup.model(), []
+    pixels = torch.rand(1, 3, 32, 32)
+    maker = threading.Thread(target=lambda: made.append(setup.model()))
+    with chance_seeded(model, pixels, 7):
+        maker.start()
+        maker.join(0.5)
+        assert not made
+        drawn = torch.rand(3)
+    maker.join()
+    assert len(made) == 1
+    with chance_seeded(model, pixels, 7):
+        assert torch.equal(torch.rand(3), drawn)
 
 
 def test_local_steps_draw_anew():

@@ -10,8 +10,10 @@ import attacks
 from attacks import LBFGS, Adam, GradientMatching, metrics
 from attacks.hidden_noise import as_buffers, hidden_noises, in_front_of_noise, sampled
 from attacks.matching import Plan, Problems
+from experiments.cli import main
 from fedsim.models import Classifier, ConvolutionalBottleneck, Dropout, Precode, Xavier, lenet, mcmahan_cnn, mlp_2nn
 from fedsim.observation import Knowledge, Observation
+from fedsim.run import RunFolder
 from fedsim.seeding import generator
 from fedsim.training import local_update, split
 from fedsim.wire import pack
@@ -199,3 +201,14 @@ def test_a_draw_of_each_local_step_is_not_looked_for():
 def test_a_choice_that_is_none_is_named_with_the_others(field, value):
     with pytest.raises(ValueError, match=f"{field} must be .*, got '{value}'"):
         GradientMatching(**{field: value})
+
+
+@pytest.mark.parametrize("defense", ["precode", "cvb", "dropout"])
+def test_a_run_with_a_defense_in_the_model_is_attacked_and_scored_against_the_client_s_own_draw(defense, tmp_path):
+    few = ["rounds=1", "data.train_size=20", "data.test_size=10", "federation.clients=2", "federation.per_round=2", "tap.clients=2"]
+    attack = ["attack=precode_aware", "attack.evaluations=3", "attack.restarts=1"]
+    assert main(["run", *few, *attack, f"defense={defense}", "model=lenet_silu", f"out={tmp_path}", "name=run"]) == 0
+    leaks = RunFolder.open(tmp_path / "run").leaks()
+    assert len(leaks) == 2
+    assert bool((leaks["update_error"] == 0).all())  # the scorer draws what the client drew
+    assert bool(leaks["feature_distance"].notna().all())

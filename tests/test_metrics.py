@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attacks import metrics
-from fedsim.models import mlp
+from fedsim.models import ConvolutionalBottleneck, Precode, lenet, mlp
 from fedsim.seeding import generator
 from fedsim.training import split
 
@@ -252,6 +252,15 @@ def test_feature_distance_is_relative_to_the_true_features() -> None:
     found[1, :, :2] = 0.8  # (0.8, 0.4) against (0.3, 0.4), whose norm is 0.5: 0.5 / 0.5
     found[2, 0, 0] = torch.linspace(0, 0.6, 7)  # another image with the same means
     assert torch.allclose(metrics.feature_distance(model, params, buffers, found, true), torch.tensor([0.0, 1.0, 0.0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("bottleneck", [Precode(width=2), ConvolutionalBottleneck()], ids=repr)
+def test_features_end_where_a_bottleneck_begins(bottleneck):
+    model = lenet((3, 8, 8), 11, bottleneck=bottleneck)
+    image = images(2, 3, 8, 8)
+    expected = model.features[: model.place](image).flatten(1)
+    assert torch.equal(metrics.features(model, *split(model), image), expected)
+    assert model.training
 
 
 def test_features_of_a_classifier_are_those_in_front_of_its_bottleneck_at_the_parameters_given() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from defenses import ErrorFeedback, GaussianNoise, NoDefense, Partial, StochasticQuantization, TopK
+from defenses import DPSGD, Chain, ErrorFeedback, GaussianNoise, MixUp, NoDefense, Partial, Soteria, StochasticQuantization, TopK
 from fedsim.defense import beliefs_of
 from fedsim.seeding import generator
 from fedsim.updates import Update
@@ -66,3 +66,11 @@ def test_a_partial_defense_that_names_nothing_is_an_error_and_not_no_defense():
         Partial(TopK(0.1), "features")
     with pytest.raises(TypeError, match="wraps a defense"):
         Partial(TopK, ["features."])
+
+
+@pytest.mark.parametrize(
+    "inner", [Soteria(0.4), Chain((TopK(0.1), MixUp())), ErrorFeedback(DPSGD(0.5, noise_multiplier=0.3))], ids=repr
+)
+def test_what_acts_while_the_client_trains_cannot_be_partial(inner):
+    with pytest.raises(ValueError, match="acts on all tensors while the client trains"):
+        Partial(inner, ["features."])
