@@ -20,7 +20,15 @@ from fedsim.run import RunError, RunFolder, iterate
 from fedsim.wire import to_bytes
 
 # A defense with a memory, a strategy with a memory, and an attack in every round: whatever can be forgotten is there.
-OVERRIDES = ["defense=topk_ef", "strategy=fedadam", "attack=idlg", "attack.restarts=1", "attack.evaluations=30", "rounds=5"]
+OVERRIDES = [
+    "defense=topk_ef",
+    "attacker=naive",
+    "strategy=fedadam",
+    "attack=idlg",
+    "attack.restarts=1",
+    "attack.evaluations=30",
+    "rounds=5",
+]
 OVERRIDES += ["tap.every=1", "tap.clients=2", "federation.clients=5", "federation.per_round=3"]
 OVERRIDES += ["data.train_size=53", "data.test_size=17", "engine.workers=2", "device=cpu"]
 

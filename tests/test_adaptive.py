@@ -1,0 +1,156 @@
+"""An attacker who knows the defense: what it holds candidates against, what it rehearses, and that it sees more."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import attacks
+from attacks import Rehearsed, adapted, metrics
+from attacks.evidence import completed
+from defenses import DPSGD, Chain, GaussianNoise, NoDefense, StochasticQuantization, TopK, UniformQuantization
+from experiments.config import compose
+from experiments.runner import start
+from fedsim.data import load
+from fedsim.defense import Belief, Defense
+from fedsim.models import lenet
+from fedsim.observation import Knowledge, Observation
+from fedsim.seeding import generator
+from fedsim.training import local_update, split
+from fedsim.updates import Update
+from fedsim.wire import pack
+
+DATA = load("synthetic", train_size=64, test_size=64)
+
+
+def belief(value: Tensor, low: float, high: float, weight: float) -> Belief:
+    return Belief(value, torch.full_like(value, low), torch.full_like(value, high), torch.full_like(value, weight))
+
+
+def far(candidate: Tensor, b: Belief) -> Tensor:
+    return (candidate - completed({"x": candidate}, {"x": b})["x"]).square()
+
+
+def test_what_is_known_is_what_a_candidate_is_held_against():
+    value, candidate = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([3.0, -2.5, 7.0])
+    assert torch.allclose(completed({"x": candidate}, {"x": Belief.exact(value)})["x"], value)
+
+
+def test_within_bounds_alone_every_candidate_is_as_good():
+    b = belief(torch.zeros(3), -1.0, 2.0, 0.0)
+    assert torch.equal(far(torch.tensor([-1.0, 0.3, 2.0]), b), torch.zeros(3))
+    assert torch.allclose(far(torch.tensor([-3.0, 2.5, 4.0]), b), torch.tensor([4.0, 0.25, 4.0]))  # squared distances to the bounds
+
+
+def test_a_centre_counts_by_its_weight_and_its_cell_besides():
+    b = belief(torch.zeros(2), -1.0, 1.0, 0.25)
+    # Inside: 0.25 * 0.5^2. Outside, at 2: sqrt(0.25) * 2 to the centre and 1 to the cell, together 2, squared.
+    assert torch.allclose(far(torch.tensor([0.5, 2.0]), b), torch.tensor([0.0625, 4.0]))
+
+
+def test_the_distance_to_what_is_possible_is_differentiable():
+    b = belief(torch.tensor([0.0, 0.0, 0.0]), -1.0, 1.0, 0.25)
+    x = torch.tensor([0.5, 2.0, -3.0], dtype=torch.float64, requires_grad=True)
+    double = Belief(*(t.double() for t in (b.value, b.low, b.high, b.weight)))
+    assert torch.autograd.gradcheck(lambda x: (x - completed({"x": x}, {"x": double})["x"]).square(), x)
+
+
+def victims(defense: Defense, count: int = 8) -> tuple[torch.nn.Module, list[Observation], Tensor, Knowledge]:
+    """Clients with an image and a random network each, whose gradients go through `defense`."""
+    images, labels = DATA.train.batch(torch.arange(count))
+    seen = []
+    for i in range(count):
+        model = lenet(DATA.image_shape, 10, rng=generator(0, "network", i))
+        params, buffers = split(model)
+        update: Update = local_update(model, params, buffers, [(images[i : i + 1], labels[i : i + 1])], lr=1.0).update
+        packets, _ = defense(pack(update), defense.init(update), generator(0, "defense", i))
+        seen.append(Observation(params, packets, 1, client=i))
+    return model, seen, images, Knowledge(DATA.image_shape, 10, lr=1.0, local_steps=1, public=DATA.test)
+
+
+def decibels(found: list, images: Tensor) -> Tensor:
+    return metrics.psnr_db(torch.cat([one.images for one in found]), images)
+
+
+@pytest.mark.parametrize("defense", [TopK(0.7), UniformQuantization(16), Chain((TopK(0.7), StochasticQuantization(120)))], ids=repr)
+def test_who_knows_the_defense_sees_more(defense):
+    model, seen, images, known = victims(defense)
+    attack = replace(attacks.idlg(evaluations=300), stop=attacks.Stop())
+    naive = decibels(attack(seen, known, model, generator(0, "attack")), images)
+    knowing = decibels(attack(seen, replace(known, defense=defense), model, generator(0, "attack")), images)
+    assert bool((knowing > naive).all())
+
+
+def test_nothing_changes_for_who_knows_that_there_is_no_defense():
+    model, seen, _, known = victims(NoDefense(), 2)
+    attack = attacks.idlg(evaluations=20)
+    for one, other in zip(
+        attack(seen, known, model, generator(0, "attack")),
+        attack(seen, replace(known, defense=NoDefense()), model, generator(0, "attack")),
+        strict=True,
+    ):
+        assert one.loss == pytest.approx(other.loss, rel=1e-2)
+        assert torch.allclose(one.images, other.images, atol=0.05)
+
+
+def test_a_rehearsal_chooses_the_weight_of_the_prior_by_the_noise():
+    attack = attacks.idlg(evaluations=80)
+    chosen = {}
+    for defense in (UniformQuantization(2**16), GaussianNoise(relative=1.0)):
+        model, seen, _, known = victims(defense, 2)
+        made = adapted(attack, model)(seen, replace(known, defense=defense), model, generator(0, "attack"))
+        assert len({one.attack for one in made}) == 1  # of one round
+        chosen[defense] = float(made[0].attack.removeprefix("tv="))
+    quiet, loud = chosen.values()
+    assert quiet < loud
+
+
+def test_an_attacker_who_explains_all_that_noise_leaves_to_explain_has_converged():
+    defense = StochasticQuantization(240)
+    model, seen, images, known = victims(defense, 4)
+    attack = attacks.idlg(evaluations=250)
+    naive = attack(seen, known, model, generator(0, "attack"))
+    made = adapted(attack, model)(seen, replace(known, defense=defense), model, generator(0, "attack"))
+    assert not any(one.converged for one in naive)  # rounding leaves a gap far above the tolerance
+    assert all(one.converged for one in made)
+    assert bool((decibels(made, images) > 20).all())
+    short = replace(attack, optimizer=replace(attack.optimizer, evaluations=3))
+    unfinished = adapted(short, model)(seen, replace(known, defense=defense), model, generator(0, "attack"))
+    assert not any(one.converged for one in unfinished)
+
+
+def test_rehearsals_go_through_defenses_that_act_in_training():
+    defense = DPSGD(clip=1.0, noise_multiplier=1e-3)
+    model, seen, _, known = victims(NoDefense(), 1)
+    rehearsed = adapted(attacks.idlg(evaluations=5), model)
+    assert isinstance(rehearsed, Rehearsed)
+    x, y = DATA.test.batch(torch.tensor([3]))
+    played = rehearsed._played(seen[0], x, y, replace(known, defense=defense), model, 0, 0)
+    assert float(torch.cat([t.flatten() for t in played.update.values()]).norm()) < 1.5  # of a gradient of norm 20 and more
+    assert float(torch.cat([t.flatten() for t in seen[0].update.values()]).norm()) > 5
+
+
+def test_a_rehearsal_says_what_it_lacks():
+    model, seen, _, known = victims(NoDefense(), 1)
+    attack = adapted(attacks.idlg(evaluations=5), model)
+    with pytest.raises(ValueError, match=r"needs known\.defense"):
+        attack(seen, known, model, generator(0, "attack"))
+    with pytest.raises(ValueError, match=r"needs known\.public, more than 8 images"):
+        attack(seen, replace(known, defense=NoDefense(), public=None), model, generator(0, "attack"))
+
+
+def test_a_run_attacks_as_both_and_none_has_nothing_to_know(tmp_path):
+    small = ["data.train_size=64", "data.test_size=64", "federation.clients=2", "federation.per_round=2", "rounds=1"]
+    attack = ["attack=cosine_lbfgs", "attack.evaluations=20", "tap.when=end"]
+    folder = start(compose([*small, *attack, "defense=uniform"]), tmp_path / "uniform", "a test")
+    leaks = folder.leaks()
+    assert list(leaks["attacker"]) == ["naive"] * 2 + ["adaptive"] * 2
+    assert list(leaks["attack"]) == ["cosine_lbfgs"] * 2 + ["cosine_lbfgs_adaptive"] * 2
+    assert leaks["found_by"].str.startswith("tv=").tolist() == [False, False, True, True]
+    naive, adaptive = (leaks[leaks["attacker"] == who].reset_index() for who in ("naive", "adaptive"))
+    assert naive[["round", "client", "image"]].equals(adaptive[["round", "client", "image"]])
+    undefended = start(compose([*small, *attack]), tmp_path / "none", "a test")
+    assert set(undefended.leaks()["attacker"]) == {"naive"}
+    alone = start(compose([*small, *attack, "defense=uniform", "attacker=adaptive"]), tmp_path / "alone", "a test")
+    assert set(alone.leaks()["attacker"]) == {"adaptive"}
