@@ -91,7 +91,7 @@ def test_the_default_configuration_can_be_run():
 
 def test_choices_and_settings_are_what_was_asked_for():
     config = compose(["defense=topk", "defense.ratio=0.3", "rounds=7", "tap.clients=[1,3]", "tap.rounds=all"])
-    assert config["defense"] == {"_target_": "defenses.TopK", "ratio": 0.3}
+    assert config["defense"] == {"_target_": "defenses.TopK", "ratio": 0.3, "scope": "tensor"}
     assert config["rounds"] == 7
     assert config["tap"]["clients"] == [1, 3]
     assert config["choices"]["defense"] == "topk"
@@ -99,13 +99,13 @@ def test_choices_and_settings_are_what_was_asked_for():
 
 LABELS = [
     ([], "none"),
-    (["defense=topk", "defense.ratio=0.3"], "topk ratio=0.3"),
+    (["defense=topk", "defense.ratio=0.3"], "topk ratio=0.3 scope=tensor"),
     (["defense=gaussian"], "gaussian relative=0.3"),
     (["defense=topk_ef"], "topk_ef ratio=0.1"),
     (["defense=topk_stochastic", "defense.parts.1.levels=4"], "topk_stochastic ratio=0.1 levels=4"),
     (["defense=precode", "model.bottleneck.width=64"], "precode width=64 beta=0.001"),
     (["model/bottleneck=dropout"], "none, bottleneck=dropout p=0.5"),
-    (["defense=topk", "model/bottleneck=cvb"], "topk ratio=0.1, bottleneck=cvb kernel=3 beta=0.001 after=1"),
+    (["defense=topk", "model/bottleneck=cvb"], "topk ratio=0.1 scope=tensor, bottleneck=cvb kernel=3 beta=0.001 after=1"),
     (["defense=ppp"], "ppp prefixes=features. relative=0.1, bottleneck=precode width=256 beta=0.001"),
     (["model=bert_tiny", "data=text"], "none"),
 ]
@@ -118,7 +118,7 @@ def test_a_label_is_the_choice_and_its_settings(overrides, expected):
 
 def test_a_defense_in_the_model_is_a_choice_among_the_others():
     cells = [compose(cell) for cell in sweep(["setting=quickstart", "defense=none,topk,precode"])]
-    assert [label(config) for config in cells] == ["none", "topk ratio=0.1", "precode width=256 beta=0.001"]
+    assert [label(config) for config in cells] == ["none", "topk ratio=0.1 scope=tensor", "precode width=256 beta=0.001"]
     assert [bool(config["model"]["bottleneck"]) for config in cells] == [False, False, True]
     assert cells[2]["defense"] == cells[0]["defense"]
 
