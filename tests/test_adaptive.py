@@ -95,7 +95,7 @@ def test_nothing_changes_for_who_knows_that_there_is_no_defense():
 
 
 def test_a_rehearsal_chooses_the_weight_of_the_prior_by_the_noise():
-    attack = attacks.idlg(evaluations=80)
+    attack = attacks.idlg(evaluations=150)
     chosen = {}
     for defense in (UniformQuantization(2**16), GaussianNoise(relative=1.0)):
         model, seen, _, known = victims(defense, 2)
@@ -109,7 +109,7 @@ def test_a_rehearsal_chooses_the_weight_of_the_prior_by_the_noise():
 def test_an_attacker_who_explains_all_that_noise_leaves_to_explain_has_converged():
     defense = StochasticQuantization(240)
     model, seen, images, known = victims(defense, 4)
-    attack = attacks.idlg(evaluations=250)
+    attack = attacks.idlg(evaluations=400)
     naive = attack(seen, known, model, generator(0, "attack"))
     made = adapted(attack, model)(seen, replace(known, defense=defense), model, generator(0, "attack"))
     assert not any(one.converged for one in naive)  # rounding leaves a gap far above the tolerance
