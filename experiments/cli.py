@@ -22,6 +22,7 @@ examples:
   fedsim attack runs/NAME attack=idlg                             attack again what was captured
   fedsim plot runs/NAME runs/OTHER -o figures
   fedsim invert --image me.jpg attack=dlg                         your own picture, taken back from its gradient
+  fedsim study defenses-vs-dlg --workers 2                        a published question, as a grid of runs
   fedsim list defenses
 """
 
@@ -108,6 +109,14 @@ def _parser() -> argparse.ArgumentParser:
         "--normalise", action="store_true", help="stretch each image of the theft to its darkest and brightest pixel"
     )
     invert.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as model=lenet attack=idlg seed=3")
+
+    study = _command(commands, "study", _study, "run a grid that answers a published question; started again, it goes on")
+    study.add_argument("name", nargs="?", metavar="STUDY", help="its name; all of them are listed if not given")
+    study.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of all cells, such as data=synthetic seed=0,1")
+    study.add_argument("--full", action="store_true", help="the full size, of hours rather than minutes")
+    study.add_argument("--dry-run", action="store_true", help="name the cells and stop")
+    study.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time, a process each (default: 1)")
+    study.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="where its runs go (default: runs/study-NAME-SIZE)")
 
     listing = _command(commands, "list", _list, "explain the choices of a kind")
     listing.add_argument("kind", nargs="?", help="defenses, attacks, models, datasets, … ; all of them if not given")
@@ -235,6 +244,38 @@ def _plot(arguments: argparse.Namespace) -> int:
     from fedsim.run import iterate
 
     return _finish(iterate(arguments.runs), arguments.runs[0] / "figures" if arguments.out is None else arguments.out)
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from experiments import study
+    from fedsim.checks import whole
+
+    if arguments.name is None:
+        for name in study.names():
+            print(f"{name:24s} {study.load(name).about}")
+        return 0
+    whole("--workers", arguments.workers)
+    chosen, size = study.load(arguments.name), "full" if arguments.full else "quick"
+    cells = chosen.cells(size, arguments.overrides)
+    if arguments.dry_run:
+        print("\n".join(cells))
+        print(f"{len(cells)} cells")
+        return 0
+    _quiet()
+    from experiments import runner
+    from experiments.progress import console
+    from fedsim.run import RunFolder
+
+    for config in cells.values():
+        runner.check_config(config)
+    base = arguments.out or Path("runs") / f"study-{chosen.name}-{size}"
+    console.print(f"{chosen.about}\n{len(cells)} cells in {base}")
+    paths, failures = study.run(cells, base, arguments.command_line, arguments.workers)
+    if paths:
+        _finish([RunFolder.open(path) for path in paths], base / "figures")
+    for name, why in failures.items():
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _invert(arguments: argparse.Namespace) -> int:

@@ -75,13 +75,21 @@ def tables(folders: Sequence[RunFolder]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _leaks_of(folder: RunFolder) -> pd.DataFrame:
-    """The leaks of a run, with its label: where updates are masked, those of masked ones and of sums have labels of their own."""
+    """The leaks of a run, with a label for each kind of victim and attacker.
+
+    Where updates are masked, those of masked ones and of sums have labels of their own, and so have those of an attacker who knew
+    the defense. `attack` is then the method both used, and `made_by` names its reconstructions.
+    """
     leaks, name = folder.leaks(), contender(folder.config)
     if not len(leaks):
         return leaks
     seen = leaks["seen"] if "seen" in leaks else pd.Series("update", leaks.index)  # tables of earlier versions
-    labels = [name if what == "update" else f"{name}: {what}" for what in seen]
-    return leaks.assign(seen=seen, defense=labels)
+    method = leaks["attack"].str.removesuffix(ADAPTIVE)
+    labels = [
+        (name if what == "update" else f"{name}: {what}") + (", adaptive" if adaptive else "")
+        for what, adaptive in zip(seen, method != leaks["attack"], strict=True)
+    ]
+    return leaks.assign(seen=seen, defense=labels, made_by=leaks["attack"], attack=method)
 
 
 def of_text(folders: Sequence[RunFolder]) -> bool:
@@ -101,8 +109,7 @@ def summary(folders: Sequence[RunFolder]) -> Table:
     """What each defense costs and what it stops, with n and 95 % Wilson intervals."""
     rounds, leaks = tables(folders)
     attacks = list(leaks["attack"].unique()) if len(leaks) else ["none"]
-    methods = list(dict.fromkeys(attack.removesuffix(ADAPTIVE) for attack in attacks))
-    who = f", by {methods[0]}" if len(methods) == 1 else ""
+    who = f", by {attacks[0]}" if len(attacks) == 1 else ""
     text = of_text(folders)
     bar = f"{STOLEN_TOKENS:.0%} of a sentence's words in place" if text else f"MSE < {STOLEN_MSE} on pixels in [0, 1]"
     title = f"stolen: {bar}{who}; adaptive: by an attacker who knows the defense, else by one who does not"
@@ -124,12 +131,9 @@ def summary(folders: Sequence[RunFolder]) -> Table:
         cells = [f"{final.mean():.1%}" if len(final) else "", size(sent), f"{share:.1%}", *(_proof(of) if proofs else [])]
         here = leaks[leaks["run"].isin(of["run"])] if len(leaks) else leaks
         for label in _in_order(here["defense"]) if len(here) else [defense]:
-            mine = here[here["defense"] == label] if len(here) else here
-            for attack in _in_order(mine["attack"]) if len(mine) else [attacks[0]]:
-                method = attack.removesuffix(ADAPTIVE)
-                name = label if len(methods) == 1 else f"{label}, {method}"
-                name += ", adaptive" if attack != method else ""
-                victims = mine[mine["attack"] == attack] if len(mine) else mine
+            for attack in attacks:
+                name = label if len(attacks) == 1 else f"{label}, {attack}"
+                victims = here[(here["defense"] == label) & (here["attack"] == attack)] if len(here) else here
                 table.add_row(name, *cells, *(_text_cells(victims) if text else _leak_cells(victims)))
     table.caption, table.caption_justify = _found(folders), "left"
     blank = [""] * len(proofs)
@@ -397,7 +401,7 @@ def _pictures(folders: Sequence[RunFolder], attack: str, columns: int = 8) -> Fi
                 picture(axes, torch.ones(1, 1, 1))
                 axes.set_xlabel("missed", fontsize=8, labelpad=1)
                 continue
-            picture(axes, folder.reconstructions(attack, victim[0])[_sender(leak, victim[1])][int(leak["reconstruction"])])
+            picture(axes, folder.reconstructions(leak["made_by"], victim[0])[_sender(leak, victim[1])][int(leak["reconstruction"])])
             doubt = " ?" if leak["verdict"] == "not converged" else ""
             axes.set_xlabel(f"{leak['psnr_db']:.1f} dB{doubt}", fontsize=8, labelpad=1)
             if victim == order[0]:
@@ -418,7 +422,7 @@ def _traces(folders: Sequence[RunFolder], attack: str, out: Path) -> list[Path]:
         for place in sorted({0, (len(leaks) - 1) // 2}) if len(leaks) else ():
             round, client, image, at = (int(leaks.iloc[place][key]) for key in ("round", "client", "image", "reconstruction"))
             sender = _sender(leaks.iloc[place], client)
-            trace = folder.traces(attack, round).get(sender)
+            trace = folder.traces(leaks.iloc[place]["made_by"], round).get(sender)
             if trace is not None:
                 truth = setup_of(folder.config).truth(round, client)[0][image].cpu()
                 through = "_sum" if sender == SUM else ""
