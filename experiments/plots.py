@@ -4,6 +4,7 @@ Every figure is written as PNG and as SVG. Colours are those of Okabe and Ito (2
 each defense has a marker of its own as well.
 """
 
+import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -409,7 +410,8 @@ def _pictures(folders: Sequence[RunFolder], attack: str, columns: int = 8) -> Fi
             elif victim == order[(len(order) - 1) // 2]:
                 frame(axes, MEDIAN)
     legend = "orange: the worst leak of a row; blue: its median; ?: not converged"
-    figure.suptitle(f"{setup.dataset.name}, {config['choices']['model']}, {attack}; {legend}", fontsize=9)
+    title = f"{setup.dataset.name}, {config['choices']['model']}, {attack}; {legend}"
+    figure.suptitle(textwrap.fill(title, int(14 * size[0])), fontsize=9)  # 14 letters an inch
     return figure
 
 

@@ -124,7 +124,12 @@ def test_a_sweep_is_a_folder_of_runs_and_their_comparison(tmp_path, capsys):
     words = ["run", "-m", *TINY, f"out={tmp_path}", "name=all", "defense=none,topk", "seed=0,1"]
     assert fedsim(*words) == 0
     folders = sorted(path.parent.name for path in (tmp_path / "all").glob("*/config.json"))
-    assert folders == ["none_dlg_seed=0", "none_dlg_seed=1", "topk_ratio=0.1_dlg_seed=0", "topk_ratio=0.1_dlg_seed=1"]
+    assert folders == [
+        "none_dlg_seed=0",
+        "none_dlg_seed=1",
+        "topk_ratio=0.1_scope=tensor_dlg_seed=0",
+        "topk_ratio=0.1_scope=tensor_dlg_seed=1",
+    ]
     assert {"accuracy", "leak", "accuracy_against_leak"} <= figures(tmp_path / "all" / "figures")
     assert "topk ratio=0.1" in capsys.readouterr().out
     assert fedsim(*words) == 2

@@ -1,0 +1,89 @@
+"""Studies: their files are right, and a study goes on where it stopped."""
+
+import pytest
+
+from experiments import study
+from experiments.cli import main
+from experiments.runner import check_config
+from fedsim.run import RunFolder
+
+TINY = """# Two defenses.
+common: [data.train_size=40, data.test_size=20, federation.clients=2, federation.per_round=2, rounds=1, tap.when=end]
+sizes:
+  quick: [attack=cosine_lbfgs, attack.evaluations=4, attacker=naive]
+  full: [attack=idlg, attack.evaluations=4]
+sweeps:
+  - [defense=none]
+  - [defense=uniform, "defense.levels=4,16"]
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "tiny.yaml").write_text(TINY)
+    monkeypatch.setattr(study, "CONF", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("size", study.SIZES)
+@pytest.mark.parametrize("name", study.names())
+def test_every_study_there_is_can_be_run(name, size):
+    chosen = study.load(name)
+    assert chosen.about
+    cells = chosen.cells(size, ["data=synthetic"])
+    for config in cells.values():
+        check_config(config)
+    assert len({repr(config) for config in cells.values()}) == len(cells)
+
+
+def test_a_study_is_run_once_and_a_changed_one_is_refused(tiny, capsys):
+    out = tiny / "out"
+    assert main(["study", "tiny", "-o", str(out)]) == 0
+    names = ["none_cosine_lbfgs_seed=0", "uniform_levels=16_cosine_lbfgs_seed=0", "uniform_levels=4_cosine_lbfgs_seed=0"]
+    assert sorted(path.parent.name for path in out.glob("*/config.json")) == names
+    assert "uniform levels=16" in capsys.readouterr().out
+    before = {name: (out / name / "leaks.parquet").stat().st_mtime_ns for name in names}
+    (out / names[1] / "leaks.parquet").unlink()
+    assert main(["study", "tiny", "-o", str(out)]) == 0
+    after = {name: (out / name / "leaks.parquet").stat().st_mtime_ns for name in names}
+    assert [name for name in names if before[name] != after[name]] == [names[1]]
+    assert main(["study", "tiny", "rounds=2", "-o", str(out)]) == 1
+    assert "was made with other settings" in capsys.readouterr().err
+    assert {name: (out / name / "leaks.parquet").stat().st_mtime_ns for name in names} == after
+
+
+def test_cells_in_processes_of_their_own_give_the_same(tiny):
+    alone, shared = tiny / "alone", tiny / "shared"
+    assert main(["study", "tiny", "-o", str(alone)]) == 0
+    assert main(["study", "tiny", "--workers", "2", "-o", str(shared)]) == 0
+    for path in alone.glob("*/leaks.parquet"):
+        one, other = (RunFolder.open(folder / path.parent.name).leaks().drop(columns="seconds") for folder in (alone, shared))
+        assert one.equals(other)
+
+
+def test_a_cell_that_fails_is_named_and_the_others_are_run(tiny, capsys, monkeypatch):
+    cell = study._cell
+
+    def unlucky(config, path, *rest, **more):
+        return "no luck" if "levels=4" in path.name else cell(config, path, *rest, **more)
+
+    monkeypatch.setattr(study, "_cell", unlucky)
+    assert main(["study", "tiny", "-o", str(tiny / "out")]) == 1
+    assert "failed: uniform_levels=4_cosine_lbfgs_seed=0: no luck" in capsys.readouterr().err
+    assert len(list((tiny / "out").glob("*/leaks.parquet"))) == 2
+
+
+def test_a_dry_run_names_the_cells_and_does_nothing(tiny, capsys):
+    assert main(["study", "tiny", "--dry-run", "--full", "seed=0,1", "-o", str(tiny / "out")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "6 cells"
+    assert said[0] == "none_idlg_seed=0"
+    assert not (tiny / "out").exists()
+
+
+def test_an_unknown_study_is_named_with_those_there_are(tiny, capsys):
+    assert main(["study", "tyni"]) == 2
+    assert "tiny" in capsys.readouterr().err
+    assert main(["study"]) == 0
+    assert "Two defenses" in capsys.readouterr().out
