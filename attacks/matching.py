@@ -218,6 +218,11 @@ class GradientMatching:
             logits = logits + 3 * nn.functional.one_hot(given.labels.cpu(), k).repeat(plan.copies, 1)
         return torch.cat([images, logits.flatten(1)], 1)
 
+    @property
+    def looks_behind_noise(self) -> bool:
+        """Whether this is an attack of somebody who knows that the model draws."""
+        return self.noise == "sought" or self.matched == "before_noise"
+
     def noises(self, model: nn.Module) -> dict[str, Stochastic]:
         """The modules whose noise is sought."""
         return hidden_noises(model) if self.noise == "sought" else {}

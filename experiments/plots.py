@@ -88,7 +88,7 @@ def _leaks_of(folder: RunFolder) -> pd.DataFrame:
     method = leaks["attack"].str.removesuffix(ADAPTIVE)
     labels = [
         (name if what == "update" else f"{name}: {what}") + (", adaptive" if adaptive else "")
-        for what, adaptive in zip(seen, method != leaks["attack"], strict=True)
+        for what, adaptive in zip(seen, leaks["attacker"] == "adaptive", strict=True)
     ]
     return leaks.assign(seen=seen, defense=labels, made_by=leaks["attack"], attack=method)
 

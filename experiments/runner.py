@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from attacks import adapted
+from attacks import GradientMatching, adapted
 from attacks.hidden_noise import hidden_noises
 from experiments import scoring
 from experiments.card import GUESS, card, guarantee_of, obstacles
@@ -95,6 +95,8 @@ class Attacker:
 
 def attackers(setup: Setup, attack: Any, name: str, who: str) -> list[Attacker]:
     """The attackers of a run: `who` is naive, adaptive or both. One who knows that there is no defense does nothing else."""
+    if isinstance(attack, GradientMatching) and attack.looks_behind_noise:
+        return [Attacker(name, attack, adaptive=True)]
     naive = Attacker(name, attack)
     defended = setup.config["choices"]["defense"] != "none" or bool(hidden_noises(setup.model()))
     if who == "naive" or not defended or isinstance(setup.aggregation, Secure) or isinstance(setup.dataset, Corpus):

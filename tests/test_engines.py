@@ -52,7 +52,7 @@ RUNS = {
         },
     },
 }
-RAY_RUNS = ["FedAvg, FedAdam, a defense with a memory", "FedAvg, sums of masked updates"]  # both keep something on the client
+RAY_RUNS = list(RUNS)[:3:2]  # both keep something on the client
 
 
 def record_of(engine: Engine, made: dict, memory: Path) -> list[dict[str, Tensor]]:
@@ -88,7 +88,7 @@ def python(code: str, *arguments: object) -> None:
     """Runs `code` in a process of its own, which can import what stands beside this file."""
     paths = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent))
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
