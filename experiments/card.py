@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from attacks import LBFGS, SPEAR, BagOfTokens, GradientMatching, Imprint, SpanCheck
+from attacks.hidden_noise import hidden_noises
 from fedsim import servers
 from fedsim.accounting import quoted_epsilon, reconstruction_bound
 from fedsim.data import Corpus
@@ -44,7 +45,7 @@ def card(setup: Setup, tap: Tap, attack: str, defense: str) -> list[tuple[str, s
     one_gradient = isinstance(protocol, FedSGD)
     return [
         ("attacker", _attacker(setup)),
-        ("the defense", TOLD[setup.config.get("attacker", "naive")]),
+        ("the defense", TOLD[setup.config.get("attacker", "naive")] if defended(setup) else "there is none"),
         ("weights", "seen: those broadcast each round"),
         (
             "update",
@@ -93,6 +94,11 @@ def _proved(setup: Setup, batch_norm: bool) -> list[tuple[str, str]]:
         ("reconstruction", f"an attacker who guesses right with {GUESS:.0%} succeeds with {bound:.1%} at most"),
         ("not covered", beside),
     ]
+
+
+def defended(setup: Setup) -> bool:
+    """Whether there is a defense to know of: of updates, or in the model."""
+    return setup.config["choices"]["defense"] != "none" or bool(hidden_noises(setup.model()))
 
 
 def _attacker(setup: Setup) -> str:

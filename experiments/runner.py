@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from attacks import GradientMatching, adapted
-from attacks.hidden_noise import hidden_noises
 from experiments import scoring
-from experiments.card import GUESS, card, guarantee_of, obstacles
+from experiments.card import GUESS, card, defended, guarantee_of, obstacles
 from experiments.config import Config, ConfigError, build_checked, contender, label
 from experiments.progress import Progress, console
 from fedsim import federation
@@ -98,8 +97,7 @@ def attackers(setup: Setup, attack: Any, name: str, who: str) -> list[Attacker]:
     if isinstance(attack, GradientMatching) and attack.looks_behind_noise:
         return [Attacker(name, attack, adaptive=True)]
     naive = Attacker(name, attack)
-    defended = setup.config["choices"]["defense"] != "none" or bool(hidden_noises(setup.model()))
-    if who == "naive" or not defended or isinstance(setup.aggregation, Secure) or isinstance(setup.dataset, Corpus):
+    if who == "naive" or not defended(setup) or isinstance(setup.aggregation, Secure) or isinstance(setup.dataset, Corpus):
         return [naive]
     other = adapted(attack, setup.model())
     if other is None:
