@@ -128,6 +128,7 @@ def cosine_adam(
         optimizer=Adam(iterations, rate=rate, decay="none"),
         restarts=restarts,
         tolerance=1e-4,
+        stop=Stop(),
         record=record,
     )
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +35,21 @@ def distance(candidate: Tensor | Factored, observed: Tensor) -> Tensor:
     if isinstance(candidate, Factored):
         return candidate.distance(observed[0])[None]
     return _per_problem((candidate - observed).square())
+
+
+@overload
+def scaled(gradient: Tensor, factors: Tensor) -> Tensor: ...
+
+
+@overload
+def scaled(gradient: Tensor | Factored, factors: Tensor) -> Tensor | Factored: ...
+
+
+def scaled(gradient: Tensor | Factored, factors: Tensor) -> Tensor | Factored:
+    """A gradient of P problems times factors (P,)."""
+    if isinstance(gradient, Factored):
+        return Factored(factors * gradient.back, gradient.fed)
+    return gradient * factors.reshape(-1, *[1] * (gradient.dim() - 1))
 
 
 def squared_norm(gradients: Gradients) -> Tensor:
@@ -92,12 +107,14 @@ class CosineGap:
     scale_free = True
 
     def __call__(self, candidate: Candidates, observed: Gradients) -> Tensor:
-        along = torch.stack([inner(candidate[name], t) for name, t in observed.items()]).sum(0)
-        norms = torch.stack([inner(candidate[name], candidate[name]) for name in observed])
-        if self.skip_zero:
-            norms = norms * torch.stack([t.flatten(1).any(1) for t in observed.values()])
-        ours = norms.sum(0)
-        return 1 - along / (ours * squared_norm(observed)).clamp(min=torch.finfo(along.dtype).tiny).sqrt()
+        # 1 - cos is half the squared distance of the two directions, which float32 can tell from 0 where it cannot tell cos from 1.
+        counted = torch.stack([t.flatten(1).any(1) for t in observed.values()]) if self.skip_zero else 1.0
+        ours = (counted * torch.stack([inner(candidate[name], candidate[name]) for name in observed])).sum(0)
+        theirs = squared_norm(observed)
+        tiny = torch.finfo(theirs.dtype).tiny
+        ours, theirs = ours.clamp(min=tiny).rsqrt(), theirs.clamp(min=tiny).rsqrt()
+        apart = torch.stack([distance(scaled(candidate[name], ours), scaled(t, theirs)) for name, t in observed.items()])
+        return (counted * apart).sum(0) / 2
 
     def unit(self, observed: Gradients) -> Tensor:
         return torch.ones_like(squared_norm(observed))
