@@ -479,3 +479,12 @@ def test_settings_that_exclude_each_other_are_named() -> None:
 def test_searches_that_the_budget_ended_are_still_running() -> None:
     found = minimise(scripted([3, 2]), torch.zeros(1, 1, 3), SGD(2), chunk=1)
     assert found.status.item() == RUNNING
+
+
+def test_the_cosine_gap_tells_directions_apart_that_float32_takes_for_the_same():
+    rng = generator(0, "directions")
+    one = {"a": torch.randn(3, 1009, generator=rng), "b": 1e-3 * torch.randn(3, 31, 7, generator=rng)}
+    other = {name: 7 * (t + 1e-5 * t.abs().mean() * torch.randn(t.shape, generator=rng)) for name, t in one.items()}
+    exact = CosineGap()({n: t.double() for n, t in one.items()}, {n: t.double() for n, t in other.items()})
+    assert bool((exact < 1e-9).all())  # and 1 - 1e-9 is 1 in float32
+    assert torch.allclose(CosineGap()(one, other).double(), exact, rtol=0.01)
