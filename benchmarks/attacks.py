@@ -209,7 +209,7 @@ def steps(data: Dataset, arguments: argparse.Namespace) -> None:
         }.items():
             for count in arguments.counts:
                 v = victims(data, count, name, device=arguments.device)
-                attack = replace(attack, stop=attacks.Stop(), chunk=count)
+                attack = replace(attack, stop=attacks.Stop(), workers=1)
                 flops = counted(attack, v, 3) - counted(attack, v, 2)
                 if arguments.device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
@@ -236,7 +236,7 @@ def breaching(data: Dataset, arguments: argparse.Namespace) -> None:
                 )
             subprocess.run([arguments.peer, "-W", "ignore", str(PEER), name, folder, str(iterations)], check=True)
             theirs = [load_file(Path(folder) / f"found-{i}.safetensors") for i in range(count)]
-        attack = replace(attacks.inverting_gradients(iterations=iterations, told=True), stop=attacks.Stop())
+        attack = replace(attacks.inverting_gradients(iterations=iterations, told=True), stop=attacks.Stop(), workers=1)
         known = replace(v.known, labels=list(v.labels.split(1)))
         began = time.perf_counter()
         ours = attack(v.seen, known, v.model, generator(0, "breaching"))
