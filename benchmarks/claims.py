@@ -96,7 +96,7 @@ def batches(data: Dataset, count: int) -> None:
     for update in ("joint", "round_robin"):
         for images in (1, 2, 4, 8):
             model, seen, truth, known = victims(data, lambda rng: lenet(data.image_shape, 10, rng=rng), count, images)
-            attack = attacks.idlg(evaluations=2500, tv=1e-3, update=update, record=50)  # type: ignore[arg-type]
+            attack = attacks.idlg(evaluations=1000 + 750 * images, tv=1e-3, update=update, record=50)  # type: ignore[arg-type]
             found = run(replace(attack, labels="given"), model, seen, known)
             needed = []
             for one, (x, _) in zip(found, truth, strict=True):
