@@ -5,6 +5,8 @@ prior, are not guessed: each variant of an attack is tried on updates of public 
 one that sees most of them is used on the victims (adaptive evaluation: Tramer et al. 2020; by defense: Balunovic et al. 2022).
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +17,7 @@ from attacks import metrics
 from attacks.evidence import size_of
 from attacks.generative import GenerativePrior
 from attacks.hidden_noise import hidden_noises
-from attacks.matching import GradientMatching, Plan, Problems
+from attacks.matching import GradientMatching, Plan, Problems, in_chunks
 from attacks.optimizers import Stop
 from attacks.terms import TotalVariation
 from fedsim.defense import Defense, hooks_of
@@ -25,7 +27,7 @@ from fedsim.training import local_update
 from fedsim.wire import pack
 
 WEIGHTS = (1e-3, 1e-2, 1e-1)  # of total variation: from a tie-break to images that are nearly smooth
-AS_WELL = 1.1  # a gap is as good as the truth's up to this factor: the truth's own varies by as much from one draw to the next
+AS_WELL = 1.1  # a gap is as good as the truth's up to this factor
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Rehearsed:
 
     Threat model: that of the variants, of an attacker who also knows the clients' defense (`known.defense`) and has public images.
 
-    variants    attacks by name
-    rehearsals  public victims for each variant
-    evaluations of a rehearsal, at most: enough to tell the variants apart
+    variants     attacks by name
+    rehearsals   public victims for each variant and round, or as many as there are images for
+    evaluations  of a rehearsal, at most: enough to tell the variants apart
     """
 
     variants: Mapping[str, GradientMatching]
@@ -64,54 +66,62 @@ class Rehearsed:
         """One reconstruction for each observation, in order. ValueError without a defense or public images."""
         if not isinstance(known.defense, Defense):
             raise ValueError("an attack that rehearses needs known.defense, the clients' defense")
-        if known.public is None or len(known.public) <= self.rehearsals:
-            raise ValueError(f"an attack that rehearses needs known.public, more than {self.rehearsals} images of the same kind")
         seed = int(torch.randint(2**62, (), generator=rng))
-        found: dict[int, Reconstruction] = {}
         # What is left of a trained network's gradient is not what is left of an untrained one's: each round has its rehearsal.
-        for kind in sorted({(size_of(one, known), one.round) for one in seen}):
-            members = [i for i, one in enumerate(seen) if (size_of(one, known), one.round) == kind]
+        kinds: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, one in enumerate(seen):
+            kinds[(size_of(one, known), one.round)].append(i)
+        stages = [self._stage([seen[i] for i in members], known, model, seed) for members in kinds.values()]
+        chosen = dict(zip(kinds, self._rehearsed(stages, known, model, seed), strict=True))
+        found: dict[int, Reconstruction] = {}
+        for name, attack in self.variants.items():
+            members = [i for kind, those in kinds.items() if chosen[kind][0] == name for i in those]
+            if not members:
+                continue
             told = known if known.labels is None else replace(known, labels=[known.labels[i] for i in members])
-            victims = [seen[i] for i in members]
-            name, as_well = self._rehearse(victims, told, model, seed)
-            attack = self.variants[name]
-            units = Problems.of(victims, Plan.of(victims[0], told, attack.imitate), told, model, attack).unit
-            made = attack(victims, told, model, generator(seed, "attack"))
-            for i, one, unit in zip(members, made, units.tolist(), strict=True):
-                explained = one.loss <= (as_well + attack.tolerance) * unit
-                found[i] = replace(one, attack=one.attack or name, converged=explained)
-            if report:
-                report(len(found), len(seen))
+            before = len(found)
+            made = attack(
+                [seen[i] for i in members],
+                told,
+                model,
+                generator(seed, "attack"),
+                report=lambda done, _, before=before: report(before + done, len(seen)) if report else None,  # type: ignore[misc]
+            )
+            for i, stolen in zip(members, made, strict=True):
+                as_well = chosen[(size_of(seen[i], known), seen[i].round)][1]
+                unit = float(_problems([seen[i]], known, model, attack).unit)
+                explained = stolen.loss <= (as_well + attack.tolerance) * unit
+                found[i] = replace(stolen, attack=name, converged=explained)
         return [found[i] for i in range(len(seen))]
 
-    def _rehearse(self, seen: Sequence[Observation], known: Knowledge, model: nn.Module, seed: int) -> tuple[str, float]:
-        """The best variant's name, and the gap, in units, that the truth leaves at most."""
-        assert known.public is not None
-        images = size_of(seen[0], known)
-        order = torch.randperm(len(known.public), generator=generator(seed, "rehearsal"))
-        count = min(self.rehearsals, (len(order) - 1) // images) or 1
-        truth = [known.public.batch(index) for index in order[: count * images].split(images)]
-        rest = known.public.take(order[count * images :])  # what a generative prior may learn from
+    def _stage(self, seen: Sequence[Observation], known: Knowledge, model: nn.Module, seed: int) -> "_Stage":
+        """Public victims in the place of these."""
+        images, public = size_of(seen[0], known), known.public
+        count = 0 if public is None else min(self.rehearsals, len(public) // images)
+        if public is None or count == 0:
+            raise ValueError(f"an attack that rehearses needs known.public, {images} or more images of the same kind")
+        order = torch.randperm(len(public), generator=generator(seed, "rehearsal"))
         device = next(iter(seen[0].params.values())).device
-        truth = [(x.to(device), y.to(device)) for x, y in truth]
+        batches = [public.batch(index) for index in order[: count * images].split(images)]
+        truth = [(x.to(device), y.to(device)) for x, y in batches]
         played = [self._played(seen[i % len(seen)], x, y, known, model, seed, i) for i, (x, y) in enumerate(truth)]
-        told = replace(known, labels=[y for _, y in truth], public=rest)
-        scores = {}
+        return _Stage(played, truth)
+
+    def _rehearsed(self, stages: "Sequence[_Stage]", known: Knowledge, model: nn.Module, seed: int) -> list[tuple[str, float]]:
+        """For each stage the best variant's name, and the gap, in units, that the truth leaves at most; all as one program."""
+        told = replace(known, labels=[y for stage in stages for _, y in stage.truth])
+        played = [one for stage in stages for one in stage.played]
+        best: list[tuple[float, str]] = [(-math.inf, next(iter(self.variants)))] * len(stages)
         for name, attack in self.variants.items():
-            brief = replace(
-                attack,
-                optimizer=replace(attack.optimizer, evaluations=min(self.evaluations, attack.optimizer.evaluations)),
-                restarts=1,
-                record=0,
-            )
-            made = brief(played, told, model, generator(seed, "rehearsal", "attack"))
-            decibels = []
-            for one, (x, _) in zip(made, truth, strict=True):
-                i, j = metrics.match(one.images, x)
-                decibels.append(metrics.psnr_db(one.images[i], x[j]).mean())
-            scores[name] = float(torch.stack(decibels).mean())
-        best = max(scores, key=lambda name: scores[name])
-        return best, AS_WELL * self._gap_of_truth(played, truth, told, model, self.variants[best])
+            budget = min(self.evaluations, attack.optimizer.evaluations)
+            brief = replace(attack, optimizer=replace(attack.optimizer, evaluations=budget), restarts=1, record=0)
+            made = iter(brief(played, told, model, generator(seed, "rehearsal", "attack")))
+            scores = [stage.decibels([next(made) for _ in stage.played]) for stage in stages]
+            best = [max(one, (score, name), key=lambda pair: pair[0]) for one, score in zip(best, scores, strict=True)]
+        return [
+            (name, AS_WELL * self._gap_of_truth(stage, known, model, self.variants[name]))
+            for stage, (_, name) in zip(stages, best, strict=True)
+        ]
 
     def _played(
         self, one: Observation, x: Tensor, y: Tensor, known: Knowledge, model: nn.Module, seed: int, number: int
@@ -137,22 +147,34 @@ class Rehearsed:
         )
         return replace(one, packets=packets, client=number, sent_buffers={})
 
-    def _gap_of_truth(
-        self,
-        played: Sequence[Observation],
-        truth: Sequence[tuple[Tensor, Tensor]],
-        known: Knowledge,
-        model: nn.Module,
-        attack: GradientMatching,
-    ) -> float:
+    def _gap_of_truth(self, stage: "_Stage", known: Knowledge, model: nn.Module, attack: GradientMatching) -> float:
         if attack.noises(model):  # what the clients drew is part of the truth, and not among what is told here
             return 0.0
-        plan = Plan.of(played[0], known, attack.imitate)
-        group = Problems.of(played, plan, known, model, attack)
-        group.labels = torch.stack([y for _, y in truth]).repeat(1, plan.copies)
-        points = torch.stack([x.repeat(plan.copies, 1, 1, 1).flatten() for x, _ in truth]).to(group.dtype)
-        gaps = [group.gaps(points[i : i + 1], torch.tensor([i], device=points.device)) for i in range(len(points))]
-        return float((torch.cat(gaps) / group.unit).max())
+        group = _problems(stage.played, known, model, attack)
+        group.labels = torch.stack([y for _, y in stage.truth]).repeat(1, group.plan.copies)
+        points = torch.stack([x.repeat(group.plan.copies, 1, 1, 1).flatten() for x, _ in stage.truth]).to(group.dtype)
+        gaps = in_chunks(group.gaps, points, torch.arange(len(points), device=points.device), 1)
+        return float((gaps / group.unit).max())
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Public victims: what they would have sent, and of which images and labels."""
+
+    played: list[Observation]
+    truth: list[tuple[Tensor, Tensor]]
+
+    def decibels(self, made: Sequence[Reconstruction]) -> float:
+        """Mean PSNR of what was made of them."""
+        scores = []
+        for one, (x, _) in zip(made, self.truth, strict=True):
+            i, j = metrics.match(one.images, x)
+            scores.append(metrics.psnr_db(one.images[i], x[j]).mean())
+        return float(torch.stack(scores).mean())
+
+
+def _problems(seen: Sequence[Observation], known: Knowledge, model: nn.Module, attack: GradientMatching) -> Problems:
+    return Problems.of(seen, Plan.of(seen[0], known, attack.imitate), known, model, attack)
 
 
 def adapted(attack: Attack, model: nn.Module) -> Attack | None:

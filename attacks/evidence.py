@@ -40,17 +40,18 @@ def step_length(known: Knowledge) -> float:
 def believed(seen: Observation, known: Knowledge, *, scale: float = 1.0) -> Beliefs:
     """What an attacker who knows `known.defense` can say of the update, divided by `scale`.
 
-    The weight of an entry that was sent is here how far its value can be trusted beside the others': one on a coarse lattice less.
+    An entry that was sent and is known to lie in a cell has the weight here that its value can be trusted with beside the others':
+    one on a coarse lattice less. Where there is no cell, the defense's own weight stands.
     """
     beliefs = beliefs_of(seen.packets, known.defense)
-    widths = {name: (b.high - b.low).nan_to_num(posinf=0.0) * seen.packets[name].sent() for name, b in beliefs.items()}
-    squares = sum(float(w.square().sum(dtype=torch.float64)) for w in widths.values())
-    typical = squares / max(1, sum(int((w > 0).sum()) for w in widths.values()))
+    cells = {name: (b.high - b.low).isfinite() & seen.packets[name].sent() for name, b in beliefs.items()}
+    squares = {name: torch.where(cells[name], b.high - b.low, 0.0).square() for name, b in beliefs.items()}
+    coarse = sum(int((t > 0).sum()) for t in squares.values())
+    typical = sum(float(t.sum(dtype=torch.float64)) for t in squares.values()) / max(1, coarse)
     told = {}
     for name, b in beliefs.items():
-        sent = seen.packets[name].sent()
-        trust = typical / (typical + widths[name].square()) if typical else torch.ones_like(b.weight)
-        told[name] = Belief(b.value / scale, b.low / scale, b.high / scale, torch.where(sent, trust, b.weight))
+        trust = typical / (typical + squares[name]) if typical else torch.ones_like(b.weight)
+        told[name] = Belief(b.value / scale, b.low / scale, b.high / scale, torch.where(cells[name], trust, b.weight))
     return told
 
 

@@ -94,7 +94,8 @@ def gradients_of(loss: Callable[[Mapping[str, Tensor]], Tensor], params: Mapping
     for name, gradient in gradients.items():
         uses = taps.uses.get(name)
         if uses:
-            factored = Factored(torch.cat([backs[id(tap)] for tap, _ in uses]), torch.cat([x for _, x in uses]))
+            back = [torch.zeros_like(tap) if backs[id(tap)] is None else backs[id(tap)] for tap, _ in uses]  # None: of no use
+            factored = Factored(torch.cat(back), torch.cat([x for _, x in uses]))
             made[name] = factored if gradient is None else factored.dense() + gradient  # the weight is at work elsewhere as well
         else:
             made[name] = torch.zeros_like(leaves[name]) if gradient is None else gradient

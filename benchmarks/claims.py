@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Literal
 
 sys.path.pop(0)  # this script's folder, where `import attacks` would find the benchmark of that name
 
@@ -93,10 +94,11 @@ def batches(data: Dataset, count: int) -> None:
     """Evaluations until a batch's mean PSNR first reaches 20 dB. With a little total variation, without which two are too many."""
     medians: dict[str, list[float]] = {}
     rates: dict[str, list[float]] = {}
-    for update in ("joint", "round_robin"):
+    updates: tuple[Literal["joint", "round_robin"], ...] = ("joint", "round_robin")
+    for update in updates:
         for images in (1, 2, 4, 8):
             model, seen, truth, known = victims(data, lambda rng: lenet(data.image_shape, 10, rng=rng), count, images)
-            attack = attacks.idlg(evaluations=1000 + 750 * images, tv=1e-3, update=update, record=50)  # type: ignore[arg-type]
+            attack = attacks.idlg(evaluations=1000 + 750 * images, tv=1e-3, update=update, record=50)
             found = run(replace(attack, labels="given"), model, seen, known)
             needed = []
             for one, (x, _) in zip(found, truth, strict=True):

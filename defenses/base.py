@@ -38,15 +38,19 @@ class TensorByTensor(ABC):
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class NoDefense:
-    """Sends the update as it is, 4 bytes an entry."""
+class Untouched:
+    """A defense without a memory that sends the update as it is: what it does, it does while the client trains."""
 
     def init(self, like: Update) -> State:
         return {}
 
     def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
         return packets, state
+
+
+@dataclass(frozen=True)
+class NoDefense(Untouched):
+    """Sends the update as it is, 4 bytes an entry."""
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
         return dict(beliefs)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from defenses.base import Untouched
 from fedsim.checks import number
-from fedsim.defense import Belief, Beliefs, State
+from fedsim.defense import Belief, Beliefs
 from fedsim.training import batch_gradients
 from fedsim.updates import Update
 from fedsim.wire import Packets
@@ -18,7 +19,7 @@ AT_ONCE = 2**24  # entries of derivatives that are held at a time
 
 
 @dataclass(frozen=True)
-class Soteria:
+class Soteria(Untouched):
     """Zeroes those columns of the last linear layer's gradient whose features tell most about the images (Sun et al. 2021).
 
     A feature r of the layer's input is pruned when |r| / ||dr/dX|| is among the `share` largest, the paper's choice for the l0
@@ -30,12 +31,6 @@ class Soteria:
 
     def __post_init__(self) -> None:
         number("share", self.share, 0, 1)
-
-    def init(self, like: Update) -> State:
-        return {}
-
-    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
-        return packets, state
 
     def gradients(
         self,
@@ -109,7 +104,7 @@ def sensitivity(model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping
 
 
 @dataclass(frozen=True)
-class OutPost:
+class OutPost(Untouched):
     """Prunes and perturbs a local step's gradient with a chance that falls from step to step (Wang, Hugenroth and Li 2023).
 
     The chance is 1 / (1 + decay * step), counted from 0 each round, so the one step of FedSGD is always defended. A layer's risk is
@@ -130,12 +125,6 @@ class OutPost:
         number("prune", self.prune, 0, 1)
         number("protect", self.protect, 0, 1)
         number("decay", self.decay, 0)
-
-    def init(self, like: Update) -> State:
-        return {}
-
-    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
-        return packets, state
 
     def gradients(
         self,

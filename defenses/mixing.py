@@ -7,11 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from defenses.base import Untouched
 from fedsim.checks import number, whole
-from fedsim.defense import State
 from fedsim.training import Batch, probabilities
-from fedsim.updates import Update
-from fedsim.wire import Packets
 
 
 def images_of(defense: object, images: Tensor) -> Tensor:
@@ -22,7 +20,7 @@ def images_of(defense: object, images: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MixUp:
+class MixUp(Untouched):
     """Trains on lambda x_i + (1 - lambda) x_j, and the same of the labels, with lambda ~ Beta(alpha, alpha) (Zhang et al. 2018).
 
     One lambda a batch and j a permutation of it, as in the paper's own code. Small values of alpha mix little.
@@ -35,12 +33,6 @@ class MixUp:
     def __post_init__(self) -> None:
         number("alpha", self.alpha, 0, above=True)
 
-    def init(self, like: Update) -> State:
-        return {}
-
-    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
-        return packets, state
-
     def batch(self, images: Tensor, labels: Tensor, classes: int, rng: torch.Generator) -> Batch:
         images, labels = images_of(self, images), probabilities(labels, classes)
         seed = int(torch.randint(2**62, (), generator=rng))  # torch draws no Beta from a generator
@@ -50,7 +42,7 @@ class MixUp:
 
 
 @dataclass(frozen=True)
-class InstaHide:
+class InstaHide(Untouched):
     """Trains on mixtures of `k` images with a random sign for each pixel (Huang et al. 2020, the setting within one data set).
 
     The paper's pixels lie in [-1, 1], where a sign is a reflection about 0; here they lie in [0, 1], and the same mask replaces a
@@ -70,12 +62,6 @@ class InstaHide:
             raise ValueError(
                 f"weights of {self.k} images add up to 1: largest must be well above {1 / self.k:g}, got {self.largest}"
             )
-
-    def init(self, like: Update) -> State:
-        return {}
-
-    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
-        return packets, state
 
     def batch(self, images: Tensor, labels: Tensor, classes: int, rng: torch.Generator) -> Batch:
         images, labels = images_of(self, images), probabilities(labels, classes)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
+from defenses.base import Untouched
 from fedsim.accounting import epsilon, noise_for
 from fedsim.checks import number
 from fedsim.defense import Belief, Beliefs, Exposure, Guarantee, State
@@ -157,7 +158,7 @@ class DPFedAvg:
 
 
 @dataclass(frozen=True)
-class DPSGD:
+class DPSGD(Untouched):
     """Clips the gradient of each example to a length of `clip` and adds N(0, (clip * noise_multiplier)^2) to their sum, each step.
 
     Abadi et al. (2016, algorithm 1), by each client itself: one example replaced by any other is hidden, towards the reader of the
@@ -176,12 +177,6 @@ class DPSGD:
 
     def __post_init__(self) -> None:
         _checked(self)
-
-    def init(self, like: Update) -> State:
-        return {}
-
-    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
-        return packets, state
 
     def gradients(
         self,

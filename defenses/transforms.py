@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from defenses.base import Untouched
 from defenses.mixing import images_of
-from fedsim.defense import State
 from fedsim.training import Batch
-from fedsim.updates import Update
-from fedsim.wire import Packets
 
 # (operation, strength in 0..9): the 50 transforms that policies name by their places, as published with the paper.
 LIBRARY: tuple[tuple[str, int], ...] = (
@@ -31,7 +29,7 @@ LENGTH = 3  # transforms of a random policy, as of the published ones
 
 
 @dataclass(frozen=True)
-class ATS:
+class ATS(Untouched):
     """Trains on images transformed by a policy chosen to defeat reconstruction (Gao et al. 2021).
 
     A policy names transforms of the library that are applied one after the other: `3-1-7` and `43-18-18` are the paper's for
@@ -46,12 +44,6 @@ class ATS:
         if not isinstance(self.policy, str) or not all(map(_places, self.policy.split("+"))):
             example = f"numbers below {len(LIBRARY)} such as 3-1-7, several of these joined by +, or {RANDOM}"
             raise ValueError(f"policy must be {example}, got {self.policy!r}")
-
-    def init(self, like: Update) -> State:
-        return {}
-
-    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
-        return packets, state
 
     def batch(self, images: Tensor, labels: Tensor, classes: int, rng: torch.Generator) -> Batch:
         return torch.stack([self._transformed(image, rng) for image in images_of(self, images)]), labels

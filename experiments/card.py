@@ -1,5 +1,6 @@
 """The threat-model card: who sees what, and which conditions of this run make its attack weak or hopeless."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -28,24 +29,22 @@ LOOKS = {
 }
 GUESS = 0.1  # success of an attacker who sees nothing, for which the bound on reconstruction is told
 LONELY = "none: the defense mixes the images of a batch, and a batch has one; federation.batch_size=4"
-TOLD = {
-    "naive": "not told",
-    "adaptive": "told, and rehearsed on public images: what is called _adaptive in tables",
-    "both": "not told; and once more, called _adaptive in tables, told and rehearsed on public images",
-}
 SPEAR_BATCH = 16  # what it recovers within seconds on 200 hidden units
 SPAN_BATCH = 4  # what `SpanCheck` was seen to put together
 
 
-def card(setup: Setup, tap: Tap, attack: str, defense: str) -> list[tuple[str, str]]:
-    """Lines (what, what the eavesdropper on the server knows of it)."""
+def card(setup: Setup, tap: Tap, attack: str, defense: str, told: Sequence[bool] = (False,)) -> list[tuple[str, str]]:
+    """Lines (what, what the eavesdropper on the server knows of it).
+
+    told  for each of the run's attackers, whether it is told the defense
+    """
     protocol, model = setup.protocol, setup.model()
     steps = _steps(setup)
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     one_gradient = isinstance(protocol, FedSGD)
     return [
         ("attacker", _attacker(setup)),
-        ("the defense", TOLD[setup.config.get("attacker", "naive")] if defended(setup) else "there is none"),
+        ("the defense", _told(told) if defended(setup) else "there is none"),
         ("weights", "seen: those broadcast each round"),
         (
             "update",
@@ -99,6 +98,11 @@ def _proved(setup: Setup, batch_norm: bool) -> list[tuple[str, str]]:
 def defended(setup: Setup) -> bool:
     """Whether there is a defense to know of: of updates, or in the model."""
     return setup.config["choices"]["defense"] != "none" or bool(hidden_noises(setup.model()))
+
+
+def _told(attackers: Sequence[bool]) -> str:
+    ways = {False: "not told", True: "told, and rehearsed on public images: adaptive in tables"}
+    return "; and once more ".join(ways[told] for told in attackers) or ways[False]
 
 
 def _attacker(setup: Setup) -> str:

@@ -34,6 +34,7 @@ as tensors, and metrics.json with the configuration and versions.
 examples:
   fedsim invert --image me.jpg                                    DLG on a LeNet, the picture cropped and shrunk to 32x32
   fedsim invert --image me.jpg defense=topk defense.ratio=0.1 -o out
+  fedsim invert --image me.jpg defense=uniform attacker=adaptive  by somebody who knows the defense
   fedsim invert --index 25 data=cifar10 model=lenet_silu attack=cosine_lbfgs seed=3
   fedsim invert --image me.jpg --label 7 data=mnist --mp4         in grey, 28x28, as a seven
 """
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.do(arguments)
     except KeyboardInterrupt:
-        print("\nstopped; the folder is readable as it is, and `fedsim run --resume FOLDER` goes on", file=sys.stderr)
+        on = "the same command" if arguments.do is _study else "`fedsim run --resume FOLDER`"
+        print(f"\nstopped; the folder is readable as it is, and {on} goes on", file=sys.stderr)
         return 130
     except (ValueError, FileNotFoundError) as error:  # what the user can mend; anything else is a defect and shows its traceback
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -132,7 +134,7 @@ def _command(commands: Any, name: str, do: Any, what: str) -> argparse.ArgumentP
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from experiments.config import compose, sweep
+    from experiments.config import cell_names, compose, sweep
 
     if arguments.resume:
         if arguments.overrides or arguments.multirun:
@@ -162,7 +164,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if base.exists():
         raise RunError(f"{base} exists already: choose another name=, or resume it with --resume {base}")
-    names = _cell_names(configs)
+    names = cell_names(configs)
     plan = {"command": arguments.command_line, "cells": dict(zip(names, configs, strict=True))}
     write_bytes(base / "multirun.json", json.dumps(plan, indent=2).encode())
     return _multirun(base)
@@ -356,16 +358,6 @@ def _name(configs: "list[Config]", multirun: bool) -> str:
     chosen = configs[0]["choices"]
     what = "compare" if multirun else f"{chosen['defense']}-{chosen['attack']}"
     return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{what}"
-
-
-def _cell_names(configs: "list[Config]") -> list[str]:
-    from experiments.config import contender
-
-    names = [
-        f"{contender(config)}_{config['choices']['attack']}_seed={config['seed']}".replace(" ", "_").replace("/", "-")
-        for config in configs
-    ]
-    return [name if names.count(name) == 1 else f"{i:03d}_{name}" for i, name in enumerate(names)]
 
 
 if __name__ == "__main__":

@@ -180,6 +180,15 @@ def contender(config: Config) -> str:
     return told
 
 
+def cell_names(configs: Sequence[Config]) -> list[str]:
+    """What the runs of a grid are called, and their folders: each otherwise, by its place where its settings do not tell."""
+    names = [
+        f"{contender(config)}_{config['choices']['attack']}_seed={config['seed']}".replace(" ", "_").replace("/", "-")
+        for config in configs
+    ]
+    return [name if names.count(name) == 1 else f"{i:03d}_{name}" for i, name in enumerate(names)]
+
+
 @functools.lru_cache
 def _label(name: str, text: str) -> str:
     import ast

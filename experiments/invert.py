@@ -32,7 +32,7 @@ from experiments import pictures, scoring
 from experiments.canvas import save
 from experiments.config import Config, build_checked
 from experiments.config import label as label_of
-from experiments.runner import attack_of, check_config, environment
+from experiments.runner import attack_of, attackers, check_config, environment
 from fedsim.checks import whole
 from fedsim.client import chance_seeded
 from fedsim.data import Dataset, load
@@ -61,6 +61,12 @@ class Theft:
     true: Update
     made: Reconstruction
     rows: list[dict[str, Any]]
+    adaptive: bool  # whether the attacker knew the defense
+
+    @property
+    def attack(self) -> str:
+        """What the attack is called."""
+        return f"{self.setup.config['choices']['attack']}{scoring.ADAPTIVE if self.adaptive else ''}"
 
 
 def read(path: Path, shape: tuple[int, ...]) -> Tensor:
@@ -107,9 +113,18 @@ def prepare(config: Config, path: Path | None, index: int | None, label: int | N
 
 
 def steal(
-    setup: Setup, image: Tensor, label: Tensor, attack: Any, report: Callable[[int, int], None] = lambda done, total: None
+    setup: Setup,
+    image: Tensor,
+    label: Tensor,
+    attack: Any,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    adaptive: bool = False,
 ) -> Theft:
-    """The update of a client whose one image is `image`, as its defense sends it, attacked and scored."""
+    """The update of a client whose one image is `image`, as its defense sends it, attacked and scored.
+
+    adaptive  whether the attack is told the defense
+    """
     one_thread()
     model = setup.model()
     params, buffers = split(model)
@@ -124,8 +139,8 @@ def steal(
         )
     packets, _ = setup.defense(pack(trained.update), setup.defense.init(trained.update), generator(setup.seed, "defense", 1, 0))
     seen = Observation(params, packets, 1, buffers=buffers, sent_buffers=trained.buffers)
-    (made,) = scoring.attacked(setup, attack, [seen], generator(setup.seed, "attack"), report)
-    return Theft(setup, image, label, seen, true.update, made, scoring.compared(setup, seen, made, image, label))
+    (made,) = scoring.attacked(setup, attack, [seen], generator(setup.seed, "attack"), report, adaptive=adaptive)
+    return Theft(setup, image, label, seen, true.update, made, scoring.compared(setup, seen, made, image, label), adaptive)
 
 
 def completed(config: Config, path: Path | None) -> Config:
@@ -161,13 +176,17 @@ def invert(
         pictures.check_animation(suffix)
     check_config(config)
     config = completed(config, path)
-    attack = attack_of(config)
     setup, image, truth = prepare(config, path, index, label)
-    theft = steal(setup, image, truth, attack)
+    # One theft is drawn: that of an attacker who knows the defense only if asked for, and if knowing it changes anything.
+    who = "adaptive" if config["attacker"] == "adaptive" else "naive"
+    (attacker,) = attackers(setup, attack_of(config), config["choices"]["attack"], who)
+    theft = steal(setup, image, truth, attacker.attack, adaptive=attacker.adaptive)
     _artefacts(theft, folder)
     files = draw(theft, folder, animations, log=log, normalise=normalise)
-    about = {
+    about: dict[str, Any] = {
         "scores": theft.rows,
+        "attacker": "adaptive" if attacker.adaptive else "naive",
+        "found_by": theft.made.attack or attacker.name,
         "bars": {name: bool(rate.passed) for name, rate in metrics.success_rates(pd.DataFrame(theft.rows)).items()},
         "victim": {"image": None if path is None else str(path), "index": index, "label": theft.label.tolist()},
         "bytes_sent": sum(map(nbytes, theft.seen.packets.values())),
@@ -187,7 +206,7 @@ def draw(theft: Theft, folder: Path, animations: Sequence[str], *, log: bool = T
     for name, image in (("original", truth), ("reconstruction", found)):
         _png(folder / f"{name}.png", image)
     made = [folder / "original.png", folder / "reconstruction.png"]
-    about = f"by {theft.setup.config['choices']['attack']} from the update of one image"
+    about = f"by {theft.attack} from the update of one image"
     made.append(save(pictures.comparison(truth, found, normalise), folder / "comparison", f"Original, stolen, difference, {about}"))
     if theft.made.trace is not None:
         made += pictures.draw_trace(theft.made.trace, truth, folder, about, animations, log=log, normalise=normalise)
@@ -225,7 +244,7 @@ def summary(theft: Theft) -> Table:
     (row,) = theft.rows
     config = theft.setup.config
     chosen = config["choices"]
-    title = f"{chosen['attack']} on {chosen['model']}, defense {label_of(config)}, seed {config['seed']}: {row['verdict']}"
+    title = f"{theft.attack} on {chosen['model']}, defense {label_of(config)}, seed {config['seed']}: {row['verdict']}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("")
     for column in ("MSE", "PSNR", "SSIM", "passes"):

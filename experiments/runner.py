@@ -228,7 +228,8 @@ def show_card(setup: Setup, config: Config) -> None:
     """Prints the threat-model card."""
     tap, attack = build_checked("tap", config["tap"]), attack_of(config)
     console.print(f"[bold]{contender(config)}[/] on {setup.dataset.name}, {config['choices']['model']}, seed {setup.seed}")
-    for what, known in card(setup, tap, config["choices"]["attack"], label(config)):
+    told = [one.adaptive for one in _attackers(setup, config)]
+    for what, known in card(setup, tap, config["choices"]["attack"], label(config), told):
         console.print(f"  {what:14s} {known}", style="dim")
     if attack is not None:
         for grade, why in obstacles(setup, attack):

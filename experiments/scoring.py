@@ -68,8 +68,8 @@ def leaks(
     adaptive  whether the attacker knew the defense
     """
     rows_of = _sentence_rows if isinstance(setup.dataset, Corpus) else _rows
-    rows = [row for one, made in zip(seen, found, strict=True) for row in rows_of(setup, attack, one, made)]
-    return [row | {"attacker": "adaptive" if adaptive else "naive"} for row in rows]
+    who = "adaptive" if adaptive else "naive"
+    return [row for one, made in zip(seen, found, strict=True) for row in rows_of(setup, attack, who, one, made)]
 
 
 def verdict(passed: bool, converged: bool) -> str:
@@ -113,7 +113,7 @@ def _owned(setup: Setup, seen: Observation, rows: list[dict[str, Any]]) -> list[
     return [row | dict(zip(("client", "image"), owners[row["image"]], strict=True)) for row in rows]
 
 
-def _sentence_rows(setup: Setup, attack: str, seen: Observation, made: Reconstruction) -> list[dict[str, Any]]:
+def _sentence_rows(setup: Setup, attack: str, who: str, seen: Observation, made: Reconstruction) -> list[dict[str, Any]]:
     """As `_rows`; `image` and `reconstruction` are places in the batch, and `truth` and `recovered` the sentences themselves."""
     assert isinstance(setup.dataset, Corpus)
     inputs, labels = (t.cpu() for t in setup.truth(seen.round, *seen.clients))
@@ -134,7 +134,7 @@ def _sentence_rows(setup: Setup, attack: str, seen: Observation, made: Reconstru
                 "attack": attack,
                 "server": setup.server.name,
                 "found_by": made.attack or attack,
-                "attacker": "",  # `leaks` knows it; the column stands here
+                "attacker": who,
                 "seen": sight(seen),
                 "round": seen.round,
                 "client": seen.client,
@@ -162,14 +162,14 @@ def _sentence_rows(setup: Setup, attack: str, seen: Observation, made: Reconstru
     return _owned(setup, seen, rows)
 
 
-def _rows(setup: Setup, attack: str, seen: Observation, made: Reconstruction) -> list[dict[str, Any]]:
+def _rows(setup: Setup, attack: str, who: str, seen: Observation, made: Reconstruction) -> list[dict[str, Any]]:
     whole, layer = true_update_error(setup, seen)
     rows = [
         {
             "attack": attack,
             "server": setup.server.name,
             "found_by": made.attack or attack,  # of an escalation, the attack that did it
-            "attacker": "",  # `leaks` knows it; the column stands here
+            "attacker": who,
             "seen": sight(seen),
             "round": seen.round,
             "client": seen.client,

@@ -9,11 +9,12 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.config import CONF, Config, compose, contender, sweep
+from experiments.config import CONF, Config, cell_names, compose, sweep
 from fedsim.checks import one_of
 
 SIZES = ("quick", "full")
@@ -38,13 +39,8 @@ class Study:
     def cells(self, size: str, overrides: Sequence[str] = ()) -> dict[str, Config]:
         """The configuration of every cell, by a name that no other has."""
         settings = self.common + self.sizes[one_of("size", size, SIZES)]
-        named: dict[str, Config] = {}
-        for one in self.sweeps:
-            for cell in sweep([*settings, *one, *overrides]):
-                config = compose(cell)
-                name = f"{contender(config)}_{config['choices']['attack']}_seed={config['seed']}"
-                named[name.replace(" ", "_").replace("/", "-").replace(",", "")] = config
-        return named
+        configs = [compose(cell) for one in self.sweeps for cell in sweep([*settings, *one, *overrides])]
+        return dict(zip(cell_names(configs), configs, strict=True))
 
 
 def names() -> list[str]:
@@ -83,19 +79,23 @@ def run(cells: dict[str, Config], base: Path, command: str, workers: int) -> tup
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             started = {pool.submit(_cell, config, base / name, command, quiet=True): name for name, config in cells.items()}
             for future in as_completed(started):
-                tell(started[future], future.result())
+                try:
+                    tell(started[future], future.result())
+                except BrokenProcessPool:
+                    tell(started[future], "a process was killed, perhaps for memory: start again, with fewer --workers")
     return [base / name for name in cells if name not in failures], failures
 
 
 def _cell(config: Config, path: Path, command: str, *, quiet: bool) -> str | None:
     """Runs, resumes or keeps one cell; what went wrong, or None."""
     from experiments import runner
-    from fedsim.errors import FederationError
     from fedsim.quiet import quiet as hush
     from fedsim.run import RunFolder
 
     hush()
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing) if quiet else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         try:
             if not (path / "config.json").exists():
                 runner.start(config, path, command)
@@ -105,6 +105,6 @@ def _cell(config: Config, path: Path, command: str, *, quiet: bool) -> str | Non
                 return f"{path} was made with other settings: take another -o FOLDER, or remove it"
             if not runner.finished(folder):
                 runner.resume(folder)
-        except (ValueError, OSError, FederationError) as error:
-            return " ".join(str(error).split())
+        except Exception as error:  # whatever it is, it is this cell's; its traceback is in the cell's log
+            return f"{type(error).__name__}: {' '.join(str(error).split())}; see {path / 'log.txt'}"
     return None

@@ -8,12 +8,22 @@ from torch import Tensor
 
 import attacks
 from attacks import Rehearsed, adapted, metrics
-from attacks.evidence import completed
-from defenses import DPSGD, Chain, GaussianNoise, NoDefense, StochasticQuantization, TopK, UniformQuantization
+from attacks.evidence import believed, completed
+from defenses import (
+    DPSGD,
+    Chain,
+    GaussianNoise,
+    NoDefense,
+    SignSGD,
+    Soteria,
+    StochasticQuantization,
+    TopK,
+    UniformQuantization,
+)
 from experiments.config import compose
 from experiments.runner import start
 from fedsim.data import load
-from fedsim.defense import Belief, Defense
+from fedsim.defense import Belief, Defense, hooks_of
 from fedsim.models import lenet
 from fedsim.observation import Knowledge, Observation
 from fedsim.seeding import generator
@@ -131,13 +141,59 @@ def test_rehearsals_go_through_defenses_that_act_in_training():
     assert float(torch.cat([t.flatten() for t in seen[0].update.values()]).norm()) > 5
 
 
+def test_what_a_defense_says_of_its_zeros_stands():
+    # Soteria's zeros are sent like any other entry, and say nothing of the gradient; signs say which half, not how much.
+    defense = Soteria(0.5)
+    images, labels = DATA.train.batch(torch.arange(1))
+    model = lenet(DATA.image_shape, 10, rng=generator(0, "network"))
+    params, buffers = split(model)
+    hooks = hooks_of(defense, 10, 0, 1, 0)
+    update = local_update(model, params, buffers, [(images, labels)], lr=1.0, hooks=hooks).update
+    known = Knowledge(DATA.image_shape, 10, lr=1.0, local_steps=1, defense=defense)
+    told = believed(Observation(params, pack(update), 1), known)
+    pruned = (update["head.weight"] == 0).all(0)
+    assert int(pruned.sum()) == 384  # half of 768
+    assert not told["head.weight"].weight[:, pruned].any()
+    assert bool((told["head.weight"].weight[:, ~pruned] == 1).all())
+    packets, _ = SignSGD()(pack(update), {}, generator(0, "defense"))
+    signs = believed(Observation(params, packets, 1), replace(known, defense=SignSGD()))
+    assert not any(b.weight.any() for b in signs.values())
+
+
+def test_the_finer_of_two_lattices_is_trusted_more():
+    packets, _ = UniformQuantization(16)(
+        pack({"a": torch.linspace(0, 1, 53), "b": torch.linspace(0, 10, 53)}), {}, generator(0, "x")
+    )
+    told = believed(Observation({}, packets, 1), Knowledge(DATA.image_shape, 10, defense=UniformQuantization(16)))
+    # The weight of a cell is 1 / (1 + width^2 / typical), and the second tensor's are ten times as wide.
+    fine, coarse = (told[name].weight[26] for name in "ab")
+    assert float((1 / coarse - 1) / (1 / fine - 1)) == pytest.approx(100, rel=0.01)
+    assert 0.9 < float(fine) < 1
+
+
+def test_a_victim_s_reconstruction_does_not_depend_on_other_rounds():
+    defense = StochasticQuantization(16)
+    model, seen, _, known = victims(defense, 2)
+    seen[1] = replace(seen[1], round=2)
+    attack, known = adapted(attacks.idlg(evaluations=10), model), replace(known, defense=defense)
+    assert attack([], known, model, generator(0, "attack")) == []
+    both = attack(seen, known, model, generator(0, "attack"))
+    alone = [attack([one], known, model, generator(0, "attack"))[0] for one in seen]
+    for one, other in zip(both, alone, strict=True):
+        assert one.attack == other.attack
+        assert torch.allclose(one.images, other.images, atol=1e-3)
+
+
 def test_a_rehearsal_says_what_it_lacks():
     model, seen, _, known = victims(NoDefense(), 1)
     attack = adapted(attacks.idlg(evaluations=5), model)
     with pytest.raises(ValueError, match=r"needs known\.defense"):
         attack(seen, known, model, generator(0, "attack"))
-    with pytest.raises(ValueError, match=r"needs known\.public, more than 8 images"):
+    with pytest.raises(ValueError, match=r"needs known\.public, 1 or more images"):
         attack(seen, replace(known, defense=NoDefense(), public=None), model, generator(0, "attack"))
+    four = replace(seen[0], num_examples=4)
+    with pytest.raises(ValueError, match=r"needs known\.public, 4 or more images"):
+        attack([four], replace(known, defense=NoDefense(), public=DATA.test.take(torch.arange(3))), model, generator(0, "attack"))
 
 
 def test_a_run_attacks_as_both_and_none_has_nothing_to_know(tmp_path):

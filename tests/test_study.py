@@ -1,8 +1,10 @@
 """Studies: their files are right, and a study goes on where it stopped."""
 
+from dataclasses import replace
+
 import pytest
 
-from experiments import study
+from experiments import runner, study
 from experiments.cli import main
 from experiments.runner import check_config
 from fedsim.run import RunFolder
@@ -72,6 +74,27 @@ def test_a_cell_that_fails_is_named_and_the_others_are_run(tiny, capsys, monkeyp
     assert main(["study", "tiny", "-o", str(tiny / "out")]) == 1
     assert "failed: uniform_levels=4_cosine_lbfgs_seed=0: no luck" in capsys.readouterr().err
     assert len(list((tiny / "out").glob("*/leaks.parquet"))) == 2
+
+
+def test_a_defect_in_one_cell_is_that_cell_s(tiny, capsys, monkeypatch):
+    begin = runner.start
+
+    def broken(config, path, command):
+        if "levels=16" in path.name:
+            raise RuntimeError("out of memory")
+        return begin(config, path, command)
+
+    monkeypatch.setattr(runner, "start", broken)
+    assert main(["study", "tiny", "-o", str(tiny / "out")]) == 1
+    assert "RuntimeError: out of memory; see" in capsys.readouterr().err
+    assert len(list((tiny / "out").glob("*/leaks.parquet"))) == 2
+
+
+def test_cells_that_settings_do_not_tell_apart_have_folders_of_their_own(tiny):
+    chosen = study.load("tiny")
+    twice = replace(chosen, sweeps=[["defense=none"], ["defense=none", "rounds=2"]])
+    cells = twice.cells("quick")
+    assert [config["rounds"] for config in cells.values()] == [1, 2]
 
 
 def test_a_dry_run_names_the_cells_and_does_nothing(tiny, capsys):
