@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks import metrics
-from attacks.evidence import size_of
+from attacks.evidence import size_of, views
 from attacks.generative import GenerativePrior
 from attacks.hidden_noise import hidden_noises
 from attacks.matching import GradientMatching, Plan, Problems, in_chunks
@@ -23,10 +23,11 @@ from attacks.terms import TotalVariation
 from fedsim.defense import Defense, hooks_of
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction
 from fedsim.seeding import generator
-from fedsim.training import local_update
+from fedsim.training import Batch, local_update
 from fedsim.wire import pack
 
 WEIGHTS = (1e-3, 1e-2, 1e-1)  # of total variation: from a tie-break to images that are nearly smooth
+WARM_UP = 8  # rounds that fill a memory before a rehearsal
 AS_WELL = 1.1  # a gap is as good as the truth's up to this factor
 
 
@@ -68,9 +69,9 @@ class Rehearsed:
             raise ValueError("an attack that rehearses needs known.defense, the clients' defense")
         seed = int(torch.randint(2**62, (), generator=rng))
         # What is left of a trained network's gradient is not what is left of an untrained one's: each round has its rehearsal.
-        kinds: dict[tuple[int, int], list[int]] = defaultdict(list)
+        kinds: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         for i, one in enumerate(seen):
-            kinds[(size_of(one, known), one.round)].append(i)
+            kinds[_kind(one, known)].append(i)
         stages = [self._stage([seen[i] for i in members], known, model, seed) for members in kinds.values()]
         chosen = dict(zip(kinds, self._rehearsed(stages, known, model, seed), strict=True))
         found: dict[int, Reconstruction] = {}
@@ -88,7 +89,7 @@ class Rehearsed:
                 report=lambda done, _, before=before: report(before + done, len(seen)) if report else None,  # type: ignore[misc]
             )
             for i, stolen in zip(members, made, strict=True):
-                as_well = chosen[(size_of(seen[i], known), seen[i].round)][1]
+                as_well = chosen[_kind(seen[i], known)][1]
                 unit = float(_problems([seen[i]], known, model, attack).unit)
                 explained = stolen.loss <= (as_well + attack.tolerance) * unit
                 found[i] = replace(stolen, attack=name, converged=explained)
@@ -104,7 +105,7 @@ class Rehearsed:
         device = next(iter(seen[0].params.values())).device
         batches = [public.batch(index) for index in order[: count * images].split(images)]
         truth = [(x.to(device), y.to(device)) for x, y in batches]
-        played = [self._played(seen[i % len(seen)], x, y, known, model, seed, i) for i, (x, y) in enumerate(truth)]
+        played = [self._played(seen[i % len(seen)], truth[i:] + truth[:i], known, model, seed, i) for i in range(count)]
         return _Stage(played, truth)
 
     def _rehearsed(self, stages: "Sequence[_Stage]", known: Knowledge, model: nn.Module, seed: int) -> list[tuple[str, float]]:
@@ -124,28 +125,37 @@ class Rehearsed:
         ]
 
     def _played(
-        self, one: Observation, x: Tensor, y: Tensor, known: Knowledge, model: nn.Module, seed: int, number: int
+        self, one: Observation, batches: Sequence[Batch], known: Knowledge, model: nn.Module, seed: int, number: int
     ) -> Observation:
-        """What a client with these images would have sent in the place of a victim."""
+        """What a client would have sent in the place of a victim, with the first of these batches.
+
+        A client with a memory sent the other batches before, unless its images are always the same.
+        """
         assert isinstance(known.defense, Defense)
         plan = Plan.of(one, known, True)
-        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-            torch.manual_seed(seed + number)  # for models that draw
-            trained = local_update(
-                model,
-                one.params,
-                one.buffers,
-                [(x[places], y[places]) for places in (torch.tensor(step) % plan.images for step in plan.steps)],
-                lr=known.lr or 1.0,
-                momentum=known.momentum,
-                weight_decay=known.weight_decay,
-                proximal=known.proximal,
-                hooks=hooks_of(known.defense, known.num_classes, seed, one.round, number),
-            )
-        packets, _ = known.defense(
-            pack(trained.update), known.defense.init(trained.update), generator(seed, "rehearsal", "defense", number)
-        )
-        return replace(one, packets=packets, client=number, sent_buffers={})
+        steps = [torch.tensor(step) % plan.images for step in plan.steps]
+        state = known.defense.init(one.update)
+        sent: Observation | None = None
+        for back, view in _history(one, remembered=bool(state)):
+            x, y = batches[0 if known.same_images else back % len(batches)]
+            with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+                torch.manual_seed(seed + number)  # for models that draw
+                trained = local_update(
+                    model,
+                    view.params,
+                    view.buffers,
+                    [(x[places], y[places]) for places in steps],
+                    lr=known.lr or 1.0,
+                    momentum=known.momentum,
+                    weight_decay=known.weight_decay,
+                    proximal=known.proximal,
+                    hooks=hooks_of(known.defense, known.num_classes, seed, view.round, number),
+                )
+            packets, state = known.defense(pack(trained.update), state, generator(seed, "rehearsal", "defense", number, back))
+            previous = None if view.previous is None else sent
+            sent = replace(view, packets=packets, client=number, sent_buffers={}, previous=previous)
+        assert sent is not None
+        return sent
 
     def _gap_of_truth(self, stage: "_Stage", known: Knowledge, model: nn.Module, attack: GradientMatching) -> float:
         if attack.noises(model):  # what the clients drew is part of the truth, and not among what is told here
@@ -171,6 +181,24 @@ class _Stage:
             i, j = metrics.match(one.images, x)
             scores.append(metrics.psnr_db(one.images[i], x[j]).mean())
         return float(torch.stack(scores).mean())
+
+
+def _kind(one: Observation, known: Knowledge) -> tuple[int, int, int]:
+    """What a victim must share with another to be rehearsed with it: images, round, views."""
+    return size_of(one, known), one.round, len(views(one, known))
+
+
+def _history(one: Observation, *, remembered: bool) -> list[tuple[int, Observation]]:
+    """What a client sent up to a message, the oldest first, each with how many came after it.
+
+    remembered  whether the defense has a memory: rounds of which nothing was seen are then played as well, at the oldest weights
+    """
+    found = [one]
+    while found[-1].previous is not None:
+        found.append(found[-1].previous)
+    if remembered and not found[-1].followed:
+        found += [found[-1]] * min(found[-1].round - 1, WARM_UP)
+    return list(enumerate(found))[::-1]
 
 
 def _problems(seen: Sequence[Observation], known: Knowledge, model: nn.Module, attack: GradientMatching) -> Problems:

@@ -26,6 +26,14 @@ def size_of(seen: Observation, known: Knowledge) -> int:
     return min(seen.num_examples, (known.batch_size or seen.num_examples) * (known.local_steps or 1))
 
 
+def views(seen: Observation, known: Knowledge) -> list[Observation]:
+    """The updates that tell of the same images: what was seen last, and before it what the client sent earlier."""
+    found = [seen]
+    while known.same_images and found[0].previous is not None:
+        found.insert(0, found[0].previous)
+    return found
+
+
 def gradient_of(seen: Observation, known: Knowledge) -> Update:
     """The update as a mean gradient: several local steps are taken for one, lr times their number long."""
     scale = step_length(known)
@@ -43,7 +51,7 @@ def believed(seen: Observation, known: Knowledge, *, scale: float = 1.0) -> Beli
     An entry that was sent and is known to lie in a cell has the weight here that its value can be trusted with beside the others':
     one on a coarse lattice less. Where there is no cell, the defense's own weight stands.
     """
-    beliefs = beliefs_of(seen.packets, known.defense)
+    beliefs = beliefs_of(seen.packets, known.defense, seen.before)
     cells = {name: (b.high - b.low).isfinite() & seen.packets[name].sent() for name, b in beliefs.items()}
     squares = {name: torch.where(cells[name], b.high - b.low, 0.0).square() for name, b in beliefs.items()}
     coarse = sum(int((t > 0).sum()) for t in squares.values())

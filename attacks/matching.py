@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from attacks.batching import alike, streams
-from attacks.evidence import believed, completed, gradient_of, size_of, step_length
+from attacks.evidence import believed, completed, gradient_of, size_of, step_length, views
 from attacks.factored import gradients_of
 from attacks.hidden_noise import as_buffers, hidden_noises, in_front_of_noise, sampled
 from attacks.labels import analytic_labels
@@ -230,7 +230,9 @@ class GradientMatching:
     def labels_of(self, one: Observation, index: int, plan: "Plan", known: Knowledge, model: nn.Module) -> Tensor:
         """(n,) the labels of a victim's images."""
         if self.labels == "analytic":
-            return analytic_labels(gradient_of(one, known), known.num_classes, plan.images, _predicted(one, known, model))
+            each = [gradient_of(view, known) for view in views(one, known)]
+            mean = {name: sum((g[name] for g in each[1:]), first) / len(each) for name, first in each[0].items()}
+            return analytic_labels(mean, known.num_classes, plan.images, _predicted(one, known, model))
         if known.labels is None:
             raise ValueError('labels="given" needs known.labels; use "analytic" or "joint" for an attacker who is not told')
         return known.labels[index].to(next(iter(one.params.values())).device)
@@ -327,28 +329,32 @@ class Plan:
     images  n distinct images
     copies  how often each is looked for: once for each epoch, if imitated epochs differ in the order of their batches
     steps   indices among the copies * n images of each local step
+    views   updates of the same images that it is held against: those of earlier rounds as well, where a client has no others
     """
 
     images: int
     copies: int
     steps: tuple[tuple[int, ...], ...]
+    views: int = 1
 
     @classmethod
     def of(cls, one: Observation, known: Knowledge, imitate: bool) -> "Plan":
-        n, steps = size_of(one, known), known.local_steps or 1
+        n, steps, seen = size_of(one, known), known.local_steps or 1, len(views(one, known))
         if not imitate or steps == 1:
-            return cls(n, 1, (tuple(range(n)),))
+            return cls(n, 1, (tuple(range(n)),), seen)
         batch = known.batch_size or n
         batches = [tuple(range(first, min(first + batch, n))) for first in range(0, n, batch)]
         epochs = math.ceil(steps / len(batches))
         copies = epochs if len(batches) > 1 else 1
         schedule = [tuple(i + n * (epoch % copies) for i in batch) for epoch in range(epochs) for batch in batches]
-        return cls(n, copies, tuple(schedule[:steps]))
+        return cls(n, copies, tuple(schedule[:steps]), seen)
 
 
 @dataclass
 class Problems:
     """V victims of equal shapes: what was broadcast and sent, stacked, and how to evaluate candidates against it.
+
+    A victim of several views has as many rows, one after the other, in `params`, `buffers`, `target` and `beliefs`.
 
     training  how a candidate is trained on, as settings of `local_update`
     beliefs   of an attacker who knows the defense, what is possible in place of `target`
@@ -370,7 +376,8 @@ class Problems:
     def __post_init__(self) -> None:
         nothing = {name: torch.zeros_like(t) for name, t in self.target.items()}
         unit = self.attack.gap.unit(self.target if self.beliefs is None else completed(nothing, self.beliefs))
-        self.unit = torch.where(unit > 0, unit, 1)  # an update of zeros is explained by a gradient of zeros
+        unit = torch.where(unit > 0, unit, 1)  # an update of zeros is explained by a gradient of zeros
+        self.unit = self._over_views(unit)
         self._rows: Tensor | None = None
         self._gathered: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]] = {}, {}, {}
         self._possible: dict[str, Belief] | None = None
@@ -381,7 +388,8 @@ class Problems:
     def of(
         cls, seen: Sequence[Observation], plan: Plan, known: Knowledge, model: nn.Module, attack: GradientMatching
     ) -> "Problems":
-        """The observations stacked."""
+        """The observations stacked, with all their views."""
+        seen = [view for one in seen for view in views(one, known)]
         steps = known.local_steps or 1
         training = {"lr": 1.0}
         if len(plan.steps) > 1:
@@ -398,6 +406,8 @@ class Problems:
         dtype = getattr(torch, attack.dtype)
         if len(plan.steps) > 1 and attack.noises(model):
             raise ValueError('noise="sought" needs federation=fedsgd or imitate=False: each local step draws noise of its own')
+        if plan.views > 1 and attack.noises(model):
+            raise ValueError('noise="sought" needs one update of a client at a time (same_images=False): each drew its own noise')
         first = seen[0]
         matched = list(first.packets)
         if attack.matched == "before_noise":
@@ -431,14 +441,15 @@ class Problems:
 
     def take(self, rows: Tensor, stopped: threading.Event) -> "Problems":
         """These victims alone, for a thread of their own, computed as they are here."""
-        params, buffers, target = ({n: t[rows] for n, t in part.items()} for part in (self.params, self.buffers, self.target))
+        seen = self._views(rows)
+        params, buffers, target = ({n: t[seen] for n, t in part.items()} for part in (self.params, self.buffers, self.target))
         own = replace(
             self,
             model=copy.deepcopy(self.model),  # functional_call puts parameters into the module while it runs
             params=params,
             buffers=buffers,
             target=target,
-            beliefs=None if self.beliefs is None else {n: _each(b, lambda t: t[rows]) for n, b in self.beliefs.items()},
+            beliefs=None if self.beliefs is None else {n: _each(b, lambda t: t[seen]) for n, b in self.beliefs.items()},
             labels=None if self.labels is None else self.labels[rows],
             stopped=stopped,
         )
@@ -452,7 +463,7 @@ class Problems:
         Said of all problems, not of those that are computed at a time, since the two roads round differently.
         """
         small = self.parameters <= SMALL
-        many = len(self.unit) * self.attack.restarts >= WIDTH // 2
+        many = len(self.unit) * self.plan.views * self.attack.restarts >= WIDTH // 2
         return small and many and self.device.type == "cpu" and self.dtype == torch.float32 and library() is not None
 
     @property
@@ -555,8 +566,8 @@ class Problems:
 
         def layers(points: Tensor, problems: Tensor) -> Tensor:
             updates, target = self._updates(points.detach(), problems)
-            far = [distance(updates[name], t).detach() for name, t in target.items()]
-            return torch.stack(far, 1)[: len(points)]
+            far = [self._over_views(distance(updates[name], t).detach(), len(points)) for name, t in target.items()]
+            return torch.stack(far, 1)
 
         far = in_chunks(layers, points, torch.full((len(points),), problem, device=points.device), chunk)
         return Trace(
@@ -568,14 +579,28 @@ class Problems:
 
     def _gaps(self, points: Tensor, problems: Tensor) -> Tensor:
         updates, target = self._updates(points, problems)
-        return self.attack.gap(updates, target)[: len(points)]
+        return self._over_views(self.attack.gap(updates, target), len(points))
+
+    def _views(self, problems: Tensor) -> Tensor:
+        """Rows (P * views,) of these problems."""
+        k = self.plan.views
+        return problems if k == 1 else (problems[:, None] * k + torch.arange(k, device=problems.device)).flatten()
+
+    def _over_views(self, values: Tensor, count: int | None = None) -> Tensor:
+        """The mean over each problem's views, (P,) of (P * views,) and of what they were filled up with."""
+        k = self.plan.views
+        values = values if count is None else values[: count * k]
+        return values if k == 1 else values.reshape(-1, k).mean(1)
 
     def _updates(self, points: Tensor, problems: Tensor) -> tuple[Candidates, Gradients]:
         """The candidates' updates, differentiable in the points, and the observed ones; filled up to whole registers."""
+        if self.plan.views > 1:
+            points = points.repeat_interleave(self.plan.views, 0)
+        rows, problems = self._views(problems), problems.repeat_interleave(self.plan.views)
         if self.lanes and (missing := -len(points) % WIDTH):
             points = torch.cat([points, points[-1:].expand(missing, -1)])
-            problems = torch.cat([problems, problems[-1:].expand(missing)])
-        params, buffers, target = self._gather(problems)
+            rows, problems = (torch.cat([t, t[-1:].expand(missing)]) for t in (rows, problems))
+        params, buffers, target = self._gather(rows)
         images, labels = self.images(points), self.probabilities(points, problems)
         buffers = {**buffers, **self.noises(points)}
         if len(points) == 1 and len(self.plan.steps) == 1 and self._possible is None:
@@ -613,7 +638,8 @@ class Problems:
         norms = [(name, m) for name, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if not norms:
             raise ValueError("batch_norm > 0 needs a model with BatchNorm layers, this one has none; take batch_norm=0")
-        params, buffers, _ = self._gather(problems)
+        params, buffers, _ = self._gather(self._views(problems))
+        images = images.repeat_interleave(self.plan.views, 0)
 
         def distance(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
             terms: list[Tensor] = []
@@ -640,7 +666,7 @@ class Problems:
             return torch.stack(terms).sum()
 
         buffers = {name: t.clone() for name, t in buffers.items()}  # BatchNorm in training mode writes to them
-        return vmap(distance, randomness="different")(params, buffers, images)
+        return self._over_views(vmap(distance, randomness="different")(params, buffers, images))
 
     def _inconsistency(self, images: Tensor, problems: Tensor) -> Tensor:
         """(P,) mean squared distance from the mean over the starts of the same victim."""
@@ -650,17 +676,17 @@ class Problems:
         total = flat.new_zeros(len(self.unit), flat.shape[1]).index_add(0, problems, flat.detach())
         return (flat - (total / count.clamp(min=1)[:, None])[problems]).square().mean(1)
 
-    def _gather(self, problems: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Parameters, buffers and target of these problems; kept until other problems are asked for."""
-        if self._rows is None or not torch.equal(self._rows, problems):
-            self._rows = problems.clone()
+    def _gather(self, rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters, buffers and target of these rows; kept until others are asked for."""
+        if self._rows is None or not torch.equal(self._rows, rows):
+            self._rows = rows.clone()
             place = innermost if self.lanes else lambda t: t
             params, buffers, target = (
-                {n: place(t[problems]) for n, t in part.items()} for part in (self.params, self.buffers, self.target)
+                {n: place(t[rows]) for n, t in part.items()} for part in (self.params, self.buffers, self.target)
             )
             self._gathered = params, buffers, Observed(target)
             if self.beliefs is not None:
-                self._possible = {n: _each(b, lambda t: place(t[problems])) for n, b in self.beliefs.items()}
+                self._possible = {n: _each(b, lambda t: place(t[rows])) for n, b in self.beliefs.items()}
         return self._gathered
 
     def chunk(self, point: Tensor, optimizer: Optimizer) -> int:

@@ -12,17 +12,21 @@
     python benchmarks/claims.py precode-cnn      PRECODE on a LeNet against attackers who know more and more
     python benchmarks/claims.py resnet           DLG on a ResNet with sigmoids and without strides (Zhu et al. 2019)
     python benchmarks/claims.py many-networks    one image, many random networks, 40 % of the gradient dropped (Opt_ML)
+    python benchmarks/claims.py gan              DLG beside the GAN it was compared with, in colour and in grey (Zhu et al. 2019)
+    python benchmarks/claims.py batch-sizes      PSNR of 1 to 16 images on the McMahan CNN (initialization study)
+    python benchmarks/claims.py rounds           noise on 1, 4 and 16 updates of the same image, by who knows of it
     python benchmarks/claims.py resolution       16, 32 and 64 pixels a side for as many evaluations (Zhu et al. 2019)
 
 Images are of CIFAR-10 under $FEDSIM_DATA, or embedded ones with --data synthetic; --side resizes them. One thread.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 sys.path.pop(0)  # this script's folder, where `import attacks` would find the benchmark of that name
 
@@ -31,10 +35,10 @@ from torch import Tensor, nn
 
 import attacks
 from attacks import Adam, CosineGap, GaussianGap, GradientMatching, SquaredGap, Stop, metrics
-from defenses import TopK
+from defenses import GaussianNoise, TopK
 from experiments.pictures import agreement
 from fedsim.client import chance_seeded
-from fedsim.data import Dataset, load
+from fedsim.data import Dataset, Images, load
 from fedsim.models import Init, Kaiming, Precode, Uniform, Xavier, lenet, mcmahan_cnn, precode_mlp, resnet20
 from fedsim.observation import Knowledge, Observation, Reconstruction
 from fedsim.seeding import generator, seed_of
@@ -90,6 +94,13 @@ def run(attack: GradientMatching, model: nn.Module, seen: Sequence[Observation],
     return attack(seen, known, model, generator(0, "claim"))
 
 
+def _evaluations_to(one: Reconstruction, x: Tensor, bar: Callable[[Tensor, Tensor], bool]) -> float:
+    """When the trace of a reconstruction first passes a bar, its batch matched to the truth; inf if it never does."""
+    assert one.trace is not None
+    moments = zip(one.trace.evaluations, one.trace.images, strict=True)
+    return next((float(e) for e, made in moments if bar(made[metrics.align(made, x)], x)), math.inf)
+
+
 def batches(data: Dataset, count: int) -> None:
     """Evaluations until a batch's mean PSNR first reaches 20 dB. With a little total variation, without which two are too many."""
     medians: dict[str, list[float]] = {}
@@ -100,15 +111,10 @@ def batches(data: Dataset, count: int) -> None:
             model, seen, truth, known = victims(data, lambda rng: lenet(data.image_shape, 10, rng=rng), count, images)
             attack = attacks.idlg(evaluations=1000 + 750 * images, tv=1e-3, update=update, record=50)
             found = run(replace(attack, labels="given"), model, seen, known)
-            needed = []
-            for one, (x, _) in zip(found, truth, strict=True):
-                assert one.trace is not None
-                reached = [
-                    int(e)
-                    for e, moment in zip(one.trace.evaluations, one.trace.images, strict=True)
-                    if metrics.psnr_db(moment[metrics.align(moment, x)], x).mean() > 20
-                ]
-                needed.append(float(reached[0]) if reached else float("inf"))
+            needed = [
+                _evaluations_to(one, x, lambda made, true: float(metrics.psnr_db(made, true).mean()) > 20)
+                for one, (x, _) in zip(found, truth, strict=True)
+            ]
             scores = psnr(found, truth)
             medians.setdefault(update, []).append(sorted(needed)[len(needed) // 2])
             rates.setdefault(update, []).append(float((scores > 20).float().mean()))
@@ -407,6 +413,90 @@ def resolution(data: Dataset, count: int) -> None:
     )
 
 
+def gan(data: Dataset, count: int) -> None:
+    """DLG's images and the GAN's from the same updates of DLG's LeNet; what the GAN draws of a trained network; labels given."""
+    grey = load("synthetic", train_size=10_000, test_size=1000)
+    for one in (data, replace(grey, name="synthetic, in grey", train=_grey(grey.train), test=_grey(grey.test))):
+        model, seen, truth, known = victims(one, lambda rng, shape=one.image_shape: lenet(shape, 10, rng=rng), count)  # type: ignore[misc]
+        images, labels = (torch.cat(parts) for parts in zip(*truth, strict=True))
+        stolen = run(replace(attacks.idlg(evaluations=2000, record=25), labels="given"), model, seen, known)
+        drawn = attacks.gan(told=True)(seen, known, model, generator(0, "claim"))
+        dlg, theirs = (metrics.mse(torch.cat([r.images for r in made]), images) for made in (stolen, drawn))
+        needed = [
+            _evaluations_to(r, x, lambda a, b: float(metrics.mse(a, b)) < 0.03) for r, (x, _) in zip(stolen, truth, strict=True)
+        ]
+        guesses = metrics.baselines(images, one.mean_image)
+        scores = {"DLG": dlg, "GAN": theirs, **{name: guess["mse"] for name, guess in guesses.items()}}
+        print(f"  {one.name}: DLG below MSE 0.03 after {sorted(needed)[count // 2]:.0f} evaluations, median")
+        print("    median MSE, and images below 0.03: ", end="")
+        print(", ".join(f"{name} {e.median():.3f} {int((e < 0.03).sum())}/{count}" for name, e in scores.items()), flush=True)
+        verdict("DLG's median MSE is below 0.03, and a fifth of the GAN's", bool(dlg.median() < min(0.03, theirs.median() / 5)))
+        verdict("DLG is below 0.03 for half of single attempts", bool((dlg < 0.03).float().mean() >= 0.5))
+        verdict(f"the GAN's median MSE is above 0.2: {theirs.median():.2f}", bool(theirs.median() > 0.2))
+
+        statistics = {"mean": one.mean, "std": one.std}
+        model = lenet(
+            one.image_shape, 10, activation="silu", init=Xavier("uniform", 1.5), rng=generator(0, "network"), **statistics
+        )
+        params, buffers = split(model)
+        order = torch.randperm(10_000, generator=generator(0, "epoch"))
+        trained = local_update(model, params, buffers, (one.train.batch(part) for part in order.split(20)), lr=0.05)
+        params = {name: t - trained.update[name] for name, t in params.items()}
+        accuracy, _ = evaluate(model, params, buffers, one.test.batches(500))
+        seen = [replace(s, params=params, buffers=buffers) for s in seen]
+        drawn = attacks.gan(told=True)(seen, known, model, generator(0, "claim"))
+        means = torch.stack([one.train.pixels[one.train.labels == label].float().mean(0) / 255 for label in labels])
+        likeness = [float(metrics.ssim(torch.cat([r.images for r in drawn]), x).mean()) for x in (means, images)]
+        print(f"    of a network of {accuracy:.0%} accuracy the GAN draws images of SSIM", end=" ")
+        print(f"{likeness[0]:.3f} to the class's mean, {likeness[1]:.3f} to the client's", flush=True)
+        verdict("the GAN shows the class rather than the image", likeness[0] > likeness[1])
+
+
+def batch_sizes(data: Dataset, count: int) -> None:
+    """PSNR after the study's 500 iterations of Adam on the cosine, the McMahan CNN, two weight families, labels given."""
+    scores: dict[str, list[float]] = {}
+    for family, init in (("Kaiming", Kaiming("normal")), ("Xavier", Xavier("normal"))):
+        for images in (1, 2, 4, 8, 16):
+            model, seen, truth, known = victims(data, _study(init, "relu", data), count, images)
+            found = run(attacks.cosine_adam(told=True), model, seen, known)
+            scores.setdefault(family, []).append(float(psnr(found, truth).mean()))
+            print(f"  {family:8s} batch {images:2d}: {scores[family][-1]:5.1f} dB", flush=True)
+    for family, means in scores.items():
+        verdict(f"{family}: PSNR falls with the batch", all(a > b for a, b in pairwise(means)))
+    first, *_, last = (abs(a - b) for a, b in zip(*scores.values(), strict=True))
+    verdict(f"the families are {first:.1f} dB apart at 1 image and {last:.1f} at 16: nearer", last < first)
+
+
+def rounds(data: Dataset, count: int) -> None:
+    """Gaussian noise of variance 1e-2 on DLG's LeNet, one image a client in all rounds, whose updates are held together."""
+    means = []
+    for number in (1, 4, 16):
+        model, first, truth, known = victims(data, lambda rng: lenet(data.image_shape, 10, rng=rng), count)
+        defense = GaussianNoise(variance=1e-2)
+        seen = []
+        for one, batch in zip(first, truth, strict=True):
+            params, previous = one.params, None
+            for round in range(1, number + 1):
+                update = local_update(model, params, one.buffers, [batch], lr=1.0).update
+                packets, _ = defense(pack(update), {}, generator(0, "noise", one.client, round))
+                previous = replace(one, params=params, packets=packets, round=round, previous=previous, followed=True)
+                params = {name: t - 0.01 * packets[name].dense() for name, t in params.items()}
+            seen.append(cast(Observation, previous))
+        attack = attacks.adapted(attacks.idlg(evaluations=1000), model)
+        assert attack is not None
+        told = replace(known, defense=defense, public=data.test, same_images=True, labels=None)
+        decibels = psnr(attack(seen, told, model, generator(0, "claim")), truth)
+        means.append(float(decibels.mean()))
+        above = int((decibels > 20).sum())
+        print(f"  {number:2d} rounds: mean {means[-1]:.1f} dB, {above}/{count} above 20 dB", flush=True)
+    verdict(f"sixteen rounds show more than one: {means[2] - means[0]:+.1f} dB", means[0] < means[1] < means[2])
+
+
+def _grey(images: Images) -> Images:
+    """The same in one channel, 28 pixels a side."""
+    return Images(images.pixels.float().mean(1, keepdim=True)[..., 2:30, 2:30].round().to(torch.uint8), images.labels)
+
+
 CLAIMS: dict[str, tuple[Callable[[Dataset, int], None], int]] = {
     "batches": (batches, 8),
     "gaps": (gaps, 3),
@@ -420,6 +510,9 @@ CLAIMS: dict[str, tuple[Callable[[Dataset, int], None], int]] = {
     "precode-cnn": (precode_cnn, 6),
     "resnet": (resnet, 8),
     "many-networks": (many_networks, 10),
+    "gan": (gan, 16),
+    "batch-sizes": (batch_sizes, 4),
+    "rounds": (rounds, 8),
     "resolution": (resolution, 6),
 }
 

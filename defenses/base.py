@@ -178,12 +178,31 @@ class ErrorFeedback:
         return Chain((self.inner,)).mixes
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
-        """No bounds: what `inner` leaves possible is said of the update plus the residual, which a message does not tell apart.
+        """No bounds: what `inner` leaves possible is said of the update plus the residual, which a message does not tell apart."""
+        return {name: belief.unbounded(packets[name].sent()) for name, belief in self._of_sum(packets, beliefs).items()}
 
-        In a client's first round the residual is zero, and `inner.explain` is sound of the update itself.
+    def explain_after(self, packets: Packets, beliefs: Mapping[str, Belief], before: Packets) -> Beliefs:
+        """Bounds once more: the residual is what the message before left out, which `inner` bounds as well.
+
+        An entry that top-k sent the last time has none, and is the update's own when it is sent again.
         """
-        told = self.inner.explain(packets, beliefs) if isinstance(self.inner, Explained) else dict(beliefs)
-        return {name: belief.unbounded(packets[name].sent()) for name, belief in told.items()}
+        told = self._of_sum(packets, beliefs)
+        if not before:
+            return told
+        earlier = self._of_sum(before, {name: Belief.exact(packet.dense()) for name, packet in before.items()})
+        made = {}
+        for name, now in told.items():
+            sent = before[name].dense()
+            least, most = earlier[name].low - sent, earlier[name].high - sent
+            low, high = now.low - most, now.high - least
+            bounded = low.isfinite() & high.isfinite()
+            weight = torch.where(least == most, now.weight, torch.where(bounded, 0.0, packets[name].sent().to(now.weight)))
+            made[name] = Belief(now.value - (earlier[name].value - sent), low, high, weight)
+        return made
+
+    def _of_sum(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+        """What is told of the update plus the residual."""
+        return self.inner.explain(packets, beliefs) if isinstance(self.inner, Explained) else dict(beliefs)
 
 
 def replaces_gradient(defense: object) -> bool:

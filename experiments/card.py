@@ -10,7 +10,7 @@ from attacks.hidden_noise import hidden_noises
 from fedsim import servers
 from fedsim.accounting import quoted_epsilon, reconstruction_bound
 from fedsim.data import Corpus
-from fedsim.defense import Guarantee, Private
+from fedsim.defense import Followed, Guarantee, Private
 from fedsim.models import Bert, Stochastic
 from fedsim.protocols import FedAvg, FedSGD
 from fedsim.secure_aggregation import Secure
@@ -66,6 +66,7 @@ def card(setup: Setup, tap: Tap, attack: str, defense: str, told: Sequence[bool]
         *_proved(setup, batch_norm),
         *([("mixing", LONELY)] if getattr(setup.defense, "mixes", False) and protocol.batch_size == 1 else []),
         ("taps", _taps(tap)),
+        *([("other rounds", line) for line in _other_rounds(setup, tap)] if any(told) else []),
         ("attack", attack),
     ]
 
@@ -211,6 +212,17 @@ def _examples(setup: Setup) -> str:
 def _steps(setup: Setup) -> int:
     """Local steps of the client with the most images."""
     return len(setup.protocol.batches(max(setup.shards, key=len), setup.seed, 1, 0))
+
+
+def _other_rounds(setup: Setup, tap: Tap) -> list[str]:
+    """What somebody who is told the defense makes of what a client sent before."""
+    lines = []
+    if isinstance(setup.defense, Followed):
+        followed = "used: they bound what the defense remembers, of clients that are always listened to"
+        lines.append(followed if tap.follows_any else "not used: what the defense remembers needs tap.rounds=all tap.clients=all")
+    if min(map(len, setup.shards)) < setup.protocol.batch_size:
+        lines.append("held together with this round's, of clients that have fewer images than a batch: they are the same each time")
+    return lines
 
 
 def _images(setup: Setup) -> str:

@@ -31,6 +31,7 @@ from fedsim.seeding import generator
 from fedsim.setup import Setup, device_of, one_thread, setup_of
 from fedsim.tap import Tap
 
+VIEWS = 16  # rounds of one client that are held together; each costs as much as the first
 ATTACKERS = ("naive", "adaptive", "both")
 
 
@@ -205,6 +206,8 @@ def attack_again(folder: RunFolder, attack: Any, name: str, who: str = "naive") 
 
 def _attack(setup: Setup, folder: RunFolder, attacker: Attacker, seen: Sequence[Observation], progress: Progress) -> list[str]:
     name, began = attacker.name, time.perf_counter()
+    if attacker.adaptive:
+        seen = with_history(setup, folder, seen)
     chance = generator(setup.seed, "attack")
     found = scoring.attacked(setup, attacker.attack, seen, chance, progress.attacking, adaptive=attacker.adaptive)
     rows = scoring.leaks(setup, name, seen, found, adaptive=attacker.adaptive)
@@ -214,6 +217,29 @@ def _attack(setup: Setup, folder: RunFolder, attacker: Attacker, seen: Sequence[
     folder.add("leaks", rows)
     logging.getLogger("fedsim").info("%s on %d victims: %.1f s", name, len(seen), time.perf_counter() - began)
     return [row["verdict"] for row in rows]
+
+
+def with_history(setup: Setup, folder: RunFolder, seen: Sequence[Observation]) -> list[Observation]:
+    """What was seen, with what the same clients sent before, as far as that was listened to and says anything.
+
+    It does so of a defense with a memory, if nothing was missed in between, and of clients that send of the same images each time.
+    """
+    tap: Tap = build_checked("tap", folder.config["tap"])
+    remembered = bool(setup.defense.init(seen[0].update))
+    told = []
+    for one in seen:
+        follows = tap.follows(one.client)
+        whole = scoring.knowledge(setup, one.num_examples, len(one.clients)).same_images
+        most = VIEWS - 1 if whole else 1 if remembered and follows else 0
+        rounds = [round for round in folder.observed_rounds() if round < one.round and folder.saw(round, one.client)]
+        previous: Observation | None = None
+        for i, round in enumerate(rounds[-most:] if most else []):
+            (earlier,) = folder.observations(round, one.client)
+            alone = i == 0 and len(rounds) > most
+            previous = dataclasses.replace(earlier, previous=previous, followed=earlier.round == 1 or (follows and not alone))
+        missed = len(rounds) > 0 and previous is None
+        told.append(dataclasses.replace(one, previous=previous, followed=one.round == 1 or (follows and not missed)))
+    return told
 
 
 def spent(setup: Setup, round: int) -> dict[str, float]:

@@ -44,6 +44,8 @@ def knowledge(setup: Setup, num_examples: int, clients: int = 1) -> Knowledge:
         local_steps=1,
         lr=1.0,
         public=dataset.test if isinstance(dataset, Dataset) else None,
+        # Fewer than it was ordered to use: it has no more.
+        same_images=clients == 1 and num_examples < protocol.batch_size,
     )
     if not isinstance(protocol, FedAvg):
         return told

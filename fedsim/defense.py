@@ -167,7 +167,21 @@ class Explained(Protocol):
         ...
 
 
-def beliefs_of(packets: Packets, defense: object | None = None) -> Beliefs:
-    """What an attacker who knows `defense` can say of the update behind `packets`; None knows of no defense."""
+@runtime_checkable
+class Followed(Protocol):
+    """A defense whose memory shows in what a client sent before."""
+
+    def explain_after(self, packets: Packets, beliefs: Mapping[str, Belief], before: Packets) -> Beliefs:
+        """As `explain`, to somebody who saw what the client sent the last time: `before`, empty where there was none."""
+        ...
+
+
+def beliefs_of(packets: Packets, defense: object | None = None, before: Packets | None = None) -> Beliefs:
+    """What an attacker who knows `defense` can say of the update behind `packets`; None knows of no defense.
+
+    before  what the same client sent the last time, empty if nothing; None for somebody who does not know
+    """
     beliefs = {name: Belief.exact(packet.dense()) for name, packet in packets.items()}
+    if before is not None and isinstance(defense, Followed):
+        return defense.explain_after(packets, beliefs, before)
     return defense.explain(packets, beliefs) if isinstance(defense, Explained) else beliefs

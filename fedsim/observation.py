@@ -29,6 +29,8 @@ class Observation:
     sent_buffers  BatchNorm statistics the client sent back
     summed        of a sum, whose updates it is the mean of, weighted by their examples
     masked        whether what was sent is masked; packets then hold it as one reads it, to the precision of float32
+    previous      what the same client sent in an earlier round, itself with what came before
+    followed      whether the client is known to have sent nothing since `previous`, or, where that is None, never before
     """
 
     params: dict[str, Tensor]
@@ -40,6 +42,15 @@ class Observation:
     sent_buffers: dict[str, Tensor] = field(default_factory=dict)
     summed: tuple[int, ...] = ()
     masked: bool = False
+    previous: "Observation | None" = None
+    followed: bool = False
+
+    @property
+    def before(self) -> Packets | None:
+        """What the client sent the last time: empty if there was none, None if that is not known."""
+        if not self.followed:
+            return None
+        return {} if self.previous is None else self.previous.packets
 
     @property
     def clients(self) -> tuple[int, ...]:
@@ -73,6 +84,7 @@ class Knowledge:
     local_steps  SGD steps behind one update; FedSGD has 1
     lr           the clients' learning rate; for FedSGD 1, since the gradient itself is sent
     momentum, weight_decay, proximal  the rest of what the server ordered the clients to do, as in `fedsim.training.local_update`
+    same_images  whether each of a client's batches holds all its images, so that its updates of all rounds are of the same
     defense      the clients' defense (an attacker who knows it)
     public       images of the same kind that anybody can have; none of them is a client's
     """
@@ -86,6 +98,7 @@ class Knowledge:
     momentum: float = 0.0
     weight_decay: float = 0.0
     proximal: float = 0.0
+    same_images: bool = False
     defense: object | None = None
     public: Images | None = None
 

@@ -126,12 +126,20 @@ class RunFolder:
         """Rounds something was seen in, in order."""
         return sorted(_number(path) for path in (self.path / "observations").glob("round_*"))
 
-    def observations(self, round: int) -> list[Observation]:
-        """What was seen in `round`, in the order of clients, a sum last. Raises RunError naming a file that is damaged."""
+    def saw(self, round: int, client: int) -> bool:
+        """Whether `client` was listened to in `round`."""
+        return (self._observations(round) / f"{_sender(client)}.safetensors").exists()
+
+    def observations(self, round: int, client: int | None = None) -> list[Observation]:
+        """What was seen in `round`, in the order of clients, a sum last; of one client alone if one is named.
+
+        Raises RunError naming a file that is damaged.
+        """
         folder = self._observations(round)
         shared, _ = _load(folder / "broadcast.safetensors")
         seen = []
-        for path in (*sorted(folder.glob("client_*.safetensors")), *folder.glob(f"{_sender(SUM)}.safetensors")):
+        every = (*sorted(folder.glob("client_*.safetensors")), *folder.glob(f"{_sender(SUM)}.safetensors"))
+        for path in every if client is None else (folder / f"{_sender(client)}.safetensors",):
             tensors, about = _load(path)
             packets = _group(tensors, "packets")
             try:
@@ -233,7 +241,12 @@ def on_device(seen: Observation, device: torch.device) -> Observation:
         for name, p in seen.packets.items()
     }
     return replace(
-        seen, params=moved(seen.params), packets=packets, buffers=moved(seen.buffers), sent_buffers=moved(seen.sent_buffers)
+        seen,
+        params=moved(seen.params),
+        packets=packets,
+        buffers=moved(seen.buffers),
+        sent_buffers=moved(seen.sent_buffers),
+        previous=None if seen.previous is None else on_device(seen.previous, device),
     )
 
 

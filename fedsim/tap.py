@@ -48,6 +48,15 @@ class Tap:
             return True
         return isinstance(self.rounds, Sequence) and round in self.rounds
 
+    @property
+    def follows_any(self) -> bool:
+        """Whether there are clients of whom nothing is missed."""
+        return (self.rounds == "all" or self.every == 1) and not isinstance(self.clients, int)
+
+    def follows(self, client: int) -> bool:
+        """Whether nothing that a client sends is missed."""
+        return self.follows_any and (self.clients == "all" or (isinstance(self.clients, Sequence) and client in self.clients))
+
     def choose(self, seed: int, round: int, clients: Sequence[int]) -> list[int]:
         """Whom to listen to of the `clients` that replied in `round`."""
         if not self.listens(round):

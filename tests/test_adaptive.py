@@ -8,10 +8,11 @@ from torch import Tensor
 
 import attacks
 from attacks import Rehearsed, adapted, metrics
-from attacks.evidence import believed, completed
+from attacks.evidence import believed, completed, views
 from defenses import (
     DPSGD,
     Chain,
+    ErrorFeedback,
     GaussianNoise,
     NoDefense,
     SignSGD,
@@ -20,16 +21,18 @@ from defenses import (
     TopK,
     UniformQuantization,
 )
+from experiments import scoring
 from experiments.config import compose
-from experiments.runner import start
+from experiments.runner import attack_again, attack_of, start, with_history
 from fedsim.data import load
 from fedsim.defense import Belief, Defense, hooks_of
 from fedsim.models import lenet
 from fedsim.observation import Knowledge, Observation
 from fedsim.seeding import generator
-from fedsim.training import local_update, split
+from fedsim.setup import setup_of
+from fedsim.training import Batch, local_update, split
 from fedsim.updates import Update
-from fedsim.wire import pack
+from fedsim.wire import Packets, pack, unpack
 
 DATA = load("synthetic", train_size=64, test_size=64)
 
@@ -136,7 +139,7 @@ def test_rehearsals_go_through_defenses_that_act_in_training():
     rehearsed = adapted(attacks.idlg(evaluations=5), model)
     assert isinstance(rehearsed, Rehearsed)
     x, y = DATA.test.batch(torch.tensor([3]))
-    played = rehearsed._played(seen[0], x, y, replace(known, defense=defense), model, 0, 0)
+    played = rehearsed._played(seen[0], [(x, y)], replace(known, defense=defense), model, 0, 0)
     assert float(torch.cat([t.flatten() for t in played.update.values()]).norm()) < 1.5  # of a gradient of norm 20 and more
     assert float(torch.cat([t.flatten() for t in seen[0].update.values()]).norm()) > 5
 
@@ -194,6 +197,82 @@ def test_a_rehearsal_says_what_it_lacks():
     four = replace(seen[0], num_examples=4)
     with pytest.raises(ValueError, match=r"needs known\.public, 4 or more images"):
         attack([four], replace(known, defense=NoDefense(), public=DATA.test.take(torch.arange(3))), model, generator(0, "attack"))
+
+
+def test_a_rehearsal_of_a_client_with_a_memory_has_a_past():
+    defense = ErrorFeedback(TopK(0.2))
+    model, seen, _, known = victims(defense, 1)
+    known = replace(known, defense=defense)
+    rehearsed = adapted(attacks.idlg(evaluations=5), model)
+    assert isinstance(rehearsed, Rehearsed)
+    batches = [DATA.test.batch(torch.tensor([i])) for i in range(3)]
+
+    def norm(packets: Packets) -> float:
+        return float(torch.cat([t.flatten() for t in unpack(packets).values()]).norm()) if packets else 0.0
+
+    def played(one: Observation, those: list[Batch] = batches) -> Observation:
+        return rehearsed._played(one, those, known, model, 0, 0)
+
+    earlier = replace(seen[0], followed=True)
+    first, late = played(earlier), played(replace(seen[0], round=5))
+    assert first.before == {}
+    assert late.before is None
+    assert norm(late.packets) > 1.5 * norm(first.packets)  # what four rounds left out comes on top of it
+    second = played(replace(seen[0], round=2, previous=earlier, followed=True))
+    assert second.previous is not None
+    assert torch.equal(second.previous.update["head.bias"], played(earlier, batches[1:]).update["head.bias"])  # another image
+
+
+def test_who_follows_a_client_with_a_memory_sees_more():
+    # Of the second message of clients whose images are others each time.
+    defense, model = ErrorFeedback(TopK(0.5)), lenet(DATA.image_shape, 10, rng=generator(0, "network"))
+    params, buffers = split(model)
+    seen, images = [], []
+    for i in range(8):
+        previous, state = None, None
+        for round in (1, 2):
+            x, y = DATA.train.batch(torch.tensor([2 * i + round]))
+            update = local_update(model, params, buffers, [(x, y)], lr=1.0).update
+            packets, state = defense(pack(update), state or defense.init(update), generator(0, "unused"))
+            previous = Observation(params, packets, 1, round, i, previous=previous, followed=True)
+        seen.append(previous)
+        images.append(x)
+    known = Knowledge(DATA.image_shape, 10, lr=1.0, local_steps=1, public=DATA.test, defense=defense)
+    attack = replace(attacks.idlg(evaluations=300, tv=1e-3), stop=attacks.Stop())
+    alone = [replace(one, previous=None, followed=False) for one in seen]
+    blind, following = (decibels(attack(those, known, model, generator(0, "attack")), torch.cat(images)) for those in (alone, seen))
+    assert following.mean() > blind.mean() + 1
+
+
+def test_a_run_follows_whom_it_listens_to(tmp_path):
+    small = ["data.train_size=4", "data.test_size=64", "federation.clients=4", "federation.per_round=4", "federation.batch_size=2"]
+    tap = ["tap.rounds=all", "tap.clients=[1,2]", "tap.when=later", "rounds=3", "attack=idlg", "attack.evaluations=5"]
+    folder = start(compose([*small, *tap, "defense=topk_ef"]), tmp_path / "ef", "a test")
+    setup = setup_of(folder.config)
+    assert scoring.knowledge(setup, 1).same_images  # each has one image where two were asked for
+    (one, _) = with_history(setup, folder, folder.observations(3))
+    assert [view.round for view in (one, one.previous, one.previous.previous)] == [3, 2, 1]
+    assert one.before is one.previous.packets
+    assert one.previous.previous.before == {}
+    for round in (1, 2, 3):
+        (seen, _) = with_history(setup, folder, folder.observations(round))
+        assert len(views(seen, scoring.knowledge(setup, 1))) == round
+        assert len(views(seen, scoring.knowledge(setup, 2))) == 1
+    attack_again(folder, attack_of(folder.config), "idlg", "both")
+    assert set(folder.leaks()["attack"]) == {"idlg", "idlg_adaptive"}
+
+
+def test_what_was_missed_is_not_taken_for_known(tmp_path):
+    small = ["data.train_size=40", "data.test_size=64", "federation.clients=4", "federation.per_round=4", "rounds=4"]
+    tap = ["tap.rounds=[1,3]", "tap.every=null", "tap.clients=all", "tap.when=later", "attack=idlg"]
+    folder = start(compose([*small, *tap, "defense=topk_ef"]), tmp_path / "ef", "a test")
+    setup = setup_of(folder.config)
+    first, third = (with_history(setup, folder, folder.observations(round))[0] for round in (1, 3))
+    assert first.before == {}
+    assert third.before is None
+    assert third.previous is None
+    stateless = setup_of({**folder.config, **compose([*small, *tap, "defense=uniform"])})
+    assert with_history(stateless, folder, folder.observations(3))[0].previous is None
 
 
 def test_a_run_attacks_as_both_and_none_has_nothing_to_know(tmp_path):

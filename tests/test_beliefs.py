@@ -289,6 +289,46 @@ def test_in_a_first_round_what_error_feedback_wraps_is_sound_of_the_update():
     assert not bool(((belief.low <= 0.1 * X) & (belief.high >= 0.1 * X)).all())
 
 
+FOLLOWED = [
+    *(ErrorFeedback(part) for part in (TopK(0.3), TopK(0.3, "global"), UniformQuantization(16), StochasticQuantization(4))),
+    *(ErrorFeedback(part) for part in (Threshold(0.5), LogQuantization(), FloatFormat("fp8_e4m3"), SignSGD(), RandomK(0.5))),
+    ErrorFeedback(Chain((TopK(0.5), UniformQuantization(8)))),
+    ErrorFeedback(NoDefense()),
+]
+
+
+@pytest.mark.parametrize("defense", FOLLOWED, ids=repr)
+def test_the_update_lies_within_what_two_messages_of_a_client_with_a_memory_leave(defense):
+    rng, state, before = generator(0, "updates"), None, {}
+    for round in range(6):
+        update = {"a": torch.randn(31, 7, generator=rng), "b": torch.randn(5, generator=rng) ** 3}
+        state = defense.init(update) if state is None else state
+        packets, state = defense(pack(update), state, generator(0, "defense", round))
+        for name, belief in beliefs_of(packets, defense, before).items():
+            slack = 1e-5 * update[name].abs().max()  # sums of float32 numbers round
+            assert bool((belief.low <= update[name] + slack).all())
+            assert bool((belief.high >= update[name] - slack).all())
+        before = packets
+
+
+def test_what_top_k_sent_twice_in_a_row_is_known():
+    defense, rng = ErrorFeedback(TopK(0.5)), generator(0, "updates")
+    first, second = ({"x": torch.randn(101, generator=rng)} for _ in range(2))
+    before, state = defense(pack(first), defense.init(first), rng)
+    packets, _ = defense(pack(second), state, rng)
+    belief = beliefs_of(packets, defense, before)["x"]
+    twice = before["x"].sent() & packets["x"].sent()
+    assert 10 < int(twice.sum()) < 51
+    for told in (belief.value, belief.low, belief.high):
+        assert torch.allclose(told[twice], second["x"][twice])
+    assert bool((belief.weight[twice] == 1).all())
+    # Sent now and not before: off by at most the smallest entry that was sent before.
+    once = packets["x"].sent() & ~twice
+    smallest = before["x"].dense()[before["x"].sent()].abs().min()
+    assert torch.allclose((belief.high - belief.low)[once], (2 * smallest).expand(int(once.sum())))
+    assert not bool(belief.weight[once].any())
+
+
 UNBIASED = [
     StochasticQuantization(4),
     QSGD(3),

@@ -65,3 +65,18 @@ def test_shards_of_different_size_are_told_as_a_range():
     lines = dict(card(setup_of(config), Tap(), "dlg", "none"))
     assert lines["batch size"] == "told: 4 a step, out of 10 to 30 images"
     assert lines["local steps"] == "told: 8"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tap", "told", "expected"),
+    [
+        (["defense=topk_ef"], Tap(), [True], ["not used"]),
+        (["defense=topk_ef"], Tap(every=1, clients="all"), [False, True], ["used"]),
+        (["defense=topk_ef"], Tap(every=1, clients="all"), [False], []),
+        (["defense=topk", "federation.batch_size=21"], Tap(), [True], ["held together"]),  # of 20 images
+        (["defense=topk", "federation.batch_size=20"], Tap(), [True], []),
+    ],
+)
+def test_what_other_rounds_tell_is_told(overrides, tap, told, expected):
+    lines = card(setup_of(compose([*SMALL, *overrides])), tap, "dlg", "", told)
+    assert [says.split(":")[0].split(" with")[0] for what, says in lines if what == "other rounds"] == expected

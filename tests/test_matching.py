@@ -12,9 +12,11 @@ from torch.func import functional_call
 
 import attacks
 from attacks import LBFGS, SGD, Adam, CosineGap, GaussianGap, GradientMatching, SquaredPixels, Stop, metrics
+from attacks.evidence import views
 from attacks.matching import Plan, Problems
 from attacks.optimizers import RUNNING, minimise
 from fedsim.data import Images
+from fedsim.models import Precode, lenet
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction
 from fedsim.seeding import generator
 from fedsim.training import Batch, local_update
@@ -488,3 +490,75 @@ def test_the_cosine_gap_tells_directions_apart_that_float32_takes_for_the_same()
     exact = CosineGap()({n: t.double() for n, t in one.items()}, {n: t.double() for n, t in other.items()})
     assert bool((exact < 1e-9).all())  # and 1 - 1e-9 is 1 in float32
     assert torch.allclose(CosineGap()(one, other).double(), exact, rtol=0.01)
+
+
+# Several updates of the same images ---------------------------------------------------------------------------------------------
+
+
+def of_rounds(model: nn.Module, batch: Batch, count: int, noise: float) -> Observation:
+    """What a client sends whose images are the same in all rounds, at other weights each, with Gaussian noise."""
+    previous = None
+    for round in range(count):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.02 * torch.randn(p.shape, generator=generator(0, "weights", round)))
+        one = sent(model, [batch], len(batch[0]))
+        rng = generator(0, "noise", round)
+        noisy = pack({name: t + noise * torch.randn(t.shape, generator=rng) for name, t in one.update.items()})
+        params = {name: t.clone() for name, t in one.params.items()}  # those of the model move on
+        previous = replace(one, params=params, packets=noisy, round=round + 1, previous=previous, followed=True)
+    assert previous is not None
+    return previous
+
+
+@pytest.mark.parametrize("restarts", [1, 8])  # 24 rows of three views fill registers, three alone do not
+def test_the_gap_to_several_updates_is_the_mean_of_the_gaps_to_each(restarts: int) -> None:
+    model, batch = Small(), (smooth(2), torch.tensor([3, 1]))
+    last = of_rounds(model, batch, 3, 0.0)
+    known = replace(KNOWN, same_images=True)
+    attack = GradientMatching(labels="given", restarts=restarts)
+    group = problems(attack, last, model, known, batch[1])
+    point, none = smooth(2, "elsewhere").flatten()[None], torch.zeros(1, dtype=torch.int64)
+    each = [problems(attack, one, model, KNOWN, batch[1]) for one in views(last, known)]
+    assert len(each) == 3
+    assert len({float(one.gaps(point, none)) for one in each}) == 3
+    assert float(group.gaps(point, none)) == pytest.approx(sum(float(one.gaps(point, none)) for one in each) / 3, rel=1e-4)
+    assert float(group.unit) == pytest.approx(sum(float(one.unit) for one in each) / 3)
+    assert float(group.gaps(batch[0].flatten()[None], none) / group.unit) < 1e-9
+
+
+def test_noise_averages_out_over_rounds_of_the_same_images() -> None:
+    batch = (smooth(1), torch.tensor([3]))
+    attack = GradientMatching(labels="given", optimizer=LBFGS(200), stop=Stop())
+    scores = []
+    for count in (1, 4, 16):
+        model = Small()
+        last = of_rounds(model, batch, count, 0.3)
+        known = replace(KNOWN, same_images=True, labels=[batch[1]])
+        (made,) = attack([last], known, model, generator(0, "attack"))
+        scores.append(float(metrics.psnr_db(made.images, batch[0])))
+    assert scores[0] + 2 < scores[1] < scores[2] - 2  # four times as many halve the error: 6 dB if nothing else is in the way
+
+
+def test_victims_of_several_updates_are_the_same_alone_and_shared_among_workers() -> None:
+    attack = GradientMatching(labels="analytic", optimizer=LBFGS(30), workers=1, record=10, dtype="float64")
+    known = replace(KNOWN, same_images=True)
+    model = Small()
+    batches = [(smooth(1, f"image {i}"), torch.tensor([i])) for i in range(4)]
+    seen = [replace(of_rounds(Small(), batch, 3 - i % 2, 0.1), client=i) for i, batch in enumerate(batches)]
+    together = attack(seen, known, model, generator(0, "attack"))
+    shared = replace(attack, workers=2)(seen, known, model, generator(0, "attack"))
+    for one, other, victim in zip(together, shared, seen, strict=True):
+        (alone,) = attack([victim], known, model, generator(0, "attack"))
+        assert torch.allclose(one.images, other.images, atol=1e-5)
+        assert torch.allclose(one.images, alone.images, atol=1e-5)
+        assert one.trace is not None
+        assert next(iter(one.trace.layers.values())).shape == one.trace.losses.shape
+
+
+def test_noise_of_its_own_is_not_sought_in_several_updates_at_once() -> None:
+    model = lenet(SHAPE, CLASSES, bottleneck=Precode(width=4), rng=generator(0, "network"))
+    last = of_rounds(model, (smooth(1), torch.tensor([0])), 2, 0.0)
+    attack = GradientMatching(labels="given", noise="sought")
+    with pytest.raises(ValueError, match="each drew its own noise"):
+        attack([last], replace(KNOWN, same_images=True, labels=[torch.tensor([0])]), model, generator(0, "attack"))

@@ -64,3 +64,11 @@ def test_a_wrong_setting_of_a_tap_is_named(settings, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         Tap(**settings)
     assert str(error.value) == message
+
+
+def test_a_client_is_followed_where_nothing_it_sends_is_missed():
+    assert Tap(1, clients="all").follows(3)
+    assert Tap(None, rounds="all", clients=[3]).follows(3)
+    assert not Tap(1, clients=[3]).follows(4)
+    for tap in (Tap(2, clients="all"), Tap(1, clients=5), Tap(None, rounds=[1, 2], clients=[3])):
+        assert not tap.follows(3)
