@@ -171,8 +171,9 @@ class LBFGS:
         """Narrow the bracket around the next trial, or widen it where there is none yet."""
         too_long, too_short = ~accepted & ~lower, ~accepted & lower
         t = state.t
-        # Before `low` moves up to t: where the secant of the two slopes says that the slope vanishes.
-        secant = t + (t - state.low) * _ratio(slope, state.low_slope - slope).neg().clamp(1, 9)
+        # Before `low` moves up to t: where the secant of the two slopes says that the slope vanishes, or far on where it falls.
+        bend = slope - state.low_slope
+        secant = t + (t - state.low) * torch.where(bend > 0, _ratio(-slope, bend), math.inf).clamp(1, 9)
         state.high = torch.where(too_long, t, state.high)
         state.high_value = torch.where(too_long, loss, state.high_value)
         state.low = torch.where(too_short, t, state.low)

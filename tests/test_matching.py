@@ -265,6 +265,16 @@ def test_the_gaussian_gap_is_that_of_its_formula_and_its_unit_that_of_nothing() 
     assert GaussianGap()(nothing, observed).item() == pytest.approx(GaussianGap().unit(observed).item())
 
 
+def test_a_line_search_goes_ten_times_as_far_while_it_is_downhill() -> None:
+    # A cone, whose slope hardly changes on the way down; its bottom is 1e4 away, and the first step one of 1e-2.
+    def cone(points: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        height = (1 + points.square().sum(1)).sqrt()
+        return height, points / height[:, None]
+
+    found = minimise(cone, torch.full((1, 1, 100), 1e3), LBFGS(12), chunk=1)
+    assert float(found.losses) < 1e3
+
+
 def test_skipping_zero_tensors_is_blind_to_what_was_pruned() -> None:
     observed = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.zeros(1, 3)}
     candidate = {"a": torch.tensor([[2.0, 4.0]]), "b": torch.ones(1, 3)}
