@@ -7,6 +7,7 @@ A bad choice, setting or value is a `ConfigError`: one line that names it, the c
 import functools
 import inspect
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,22 @@ def contender(config: Config) -> str:
             unusual = [f"{key}={value}" for key, value in config[group].items() if value != usual.get(key)]
             told = " ".join([f"{told}, {words.format(name)}", *unusual])
     return told
+
+
+def without_defense(config: Config) -> bool:
+    """Whether nothing defends this run, neither what is sent nor the model."""
+    return label(config) == "none"
+
+
+def conditions(config: Config) -> str:
+    """What a defense was tried under: the settings, without those that defend, attack or name a run, and without the seed.
+
+    Runs with the same conditions and seed differ in accuracy by their defense alone.
+    """
+    left_out = ("defense", "attack", "attacker", "tap", "seed", "name", "out", "choices")  # choices: settings say the same
+    kept = {key: value for key, value in config.items() if key not in left_out}
+    model = {key: value for key, value in config["model"].items() if key != "bottleneck"}
+    return json.dumps(kept | {"model": model}, sort_keys=True)
 
 
 def cell_names(configs: Sequence[Config]) -> list[str]:

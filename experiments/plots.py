@@ -6,8 +6,9 @@ each defense has a marker of its own as well.
 
 import textwrap
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from rich.table import Table
 from attacks.metrics import BARS, Rate, success_rates
 from experiments.canvas import COLOURS, MARKERS, STYLE, frame, picture, save
 from experiments.card import GUESS
-from experiments.config import contender
+from experiments.config import conditions, contender, without_defense
 from experiments.pictures import draw_trace
 from experiments.progress import size
 from experiments.scoring import ADAPTIVE, STOLEN_MSE, STOLEN_TOKENS
+from experiments.statistics import Difference, holm, paired
 from fedsim.files import write_bytes
 from fedsim.observation import SUM
 from fedsim.run import RunFolder
@@ -36,6 +38,8 @@ from fedsim.setup import setup_of
 
 MEDIAN, WORST = "#0072B2", "#D55E00"
 PERFECT = 60.0  # dB; better than any eye, and an exact copy has no finite PSNR
+MARGIN = 0.02  # of accuracy: what a defense may cost and still count as equivalent to none
+LAST = 5  # evaluations that a run's accuracy is averaged over where it is tested; a single one jitters
 
 
 def draw(folders: Sequence[RunFolder], out: Path) -> list[Path]:
@@ -50,6 +54,8 @@ def draw(folders: Sequence[RunFolder], out: Path) -> list[Path]:
         if learned:
             made.append(save(_accuracy(rounds), out / "accuracy"))
             made.append(save(_bytes(rounds), out / "accuracy_against_bytes"))
+        if costs := against_none(folders, rounds):
+            made.append(save(_differences(costs, _in_order(rounds["defense"])), out / "accuracy_difference"))
         for attack in leaks["attack"].unique() if len(leaks) else ():
             made.append(save(_leak(leaks, attack, TEXTS if text else IMAGES), out / f"leak_{attack}"))
             if text:
@@ -106,9 +112,36 @@ def _joined(tables: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=columns)
 
 
+def against_none(folders: Sequence[RunFolder], rounds: pd.DataFrame) -> dict[str, Difference]:
+    """How the accuracy of each defense differs from that of no defense under the same conditions, seed by seed; worse and better
+    are claimed under Holm's correction.
+
+    A run's accuracy is the mean of its last evaluations. A defense is left out that shares fewer than two seeds with runs without
+    one, or that shares them under several conditions: those are several questions.
+    """
+    none: dict[str, dict[int, float]] = defaultdict(dict)
+    others: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for folder in folders:
+        of, config = rounds[rounds["run"] == str(folder.path)].sort_values("round"), folder.config
+        tested = of[of["round"] > 0].dropna(subset="accuracy")  # round 0 is the untrained model
+        if len(tested) and of["round"].iloc[-1] == config["rounds"]:  # one that was stopped has learned less
+            under = conditions(config)
+            ends = none[under] if without_defense(config) else others[contender(config), under]
+            # Runs that differ in their attack only have learned the same, and are one.
+            ends[config["seed"]] = float(tested["accuracy"].tail(LAST).mean())
+    found: dict[str, list[Difference]] = defaultdict(list)
+    for (defense, under), ends in others.items():
+        if len(seeds := sorted(ends.keys() & none[under].keys())) > 1:
+            found[defense].append(paired([ends[seed] for seed in seeds], [none[under][seed] for seed in seeds], MARGIN))
+    costs = {defense: several[0] for defense, several in found.items() if len(several) == 1}
+    adjusted = holm([cost.p_different for cost in costs.values()])
+    return {defense: replace(cost, p_different=p) for (defense, cost), p in zip(costs.items(), adjusted, strict=True)}
+
+
 def summary(folders: Sequence[RunFolder]) -> Table:
     """What each defense costs and what it stops, with n and 95 % Wilson intervals."""
     rounds, leaks = tables(folders)
+    costs = against_none(folders, rounds)
     attacks = list(leaks["attack"].unique()) if len(leaks) else ["none"]
     who = f", by {attacks[0]}" if len(attacks) == 1 else ""
     text = of_text(folders)
@@ -122,22 +155,24 @@ def summary(folders: Sequence[RunFolder]) -> Table:
         else ("stolen", *list(BARS)[1:], "not converged", "PSNR", "labels")
     )
     proofs = ("epsilon", f"{GUESS:.0%} guess") if "epsilon" in rounds else ()  # no column where nobody has one
-    for column in ("accuracy", "sent", "of dense", *proofs, *scores):
-        table.add_column(column, justify="right")
+    compared = ("against none",) if costs else ()
+    for column in ("accuracy", *compared, "sent", "of dense", *proofs, *scores):
+        table.add_column(column, justify="right", no_wrap=column in compared)
     for defense in _in_order(rounds["defense"]):
         of = rounds[rounds["defense"] == defense]
         final = of.dropna(subset="accuracy").sort_values("round").groupby("run")["accuracy"].last()
         sent = of.groupby("run")["bytes_up"].sum().mean()
         share = of["bytes_up"].sum() / max(1, of["bytes_up_dense"].sum())
-        cells = [f"{final.mean():.1%}" if len(final) else "", size(sent), f"{share:.1%}", *(_proof(of) if proofs else [])]
+        cost = [_cost(costs[defense]) if defense in costs else ""] if compared else []
+        cells = [f"{final.mean():.1%}" if len(final) else "", *cost, size(sent), f"{share:.1%}", *(_proof(of) if proofs else [])]
         here = leaks[leaks["run"].isin(of["run"])] if len(leaks) else leaks
         for label in _in_order(here["defense"]) if len(here) else [defense]:
             for attack in attacks:
                 name = label if len(attacks) == 1 else f"{label}, {attack}"
                 victims = here[(here["defense"] == label) & (here["attack"] == attack)] if len(here) else here
                 table.add_row(name, *cells, *(_text_cells(victims) if text else _leak_cells(victims)))
-    table.caption, table.caption_justify = _found(folders), "left"
-    blank = [""] * len(proofs)
+    table.caption, table.caption_justify = "\n".join(filter(None, (_compared(costs), _found(folders)))) or None, "left"
+    blank = [""] * len(compared + proofs)
     if len(leaks) and text:
         first = leaks[(leaks["attack"] == attacks[0]) & (leaks["defense"] == leaks["defense"].iloc[0])]
         passed = int((first["typical_token_accuracy"] >= STOLEN_TOKENS).sum())
@@ -149,6 +184,29 @@ def summary(folders: Sequence[RunFolder]) -> Table:
         for name, what in (("grey", "a grey card"), ("mean_image", "the mean image"), ("mean_colour", "its mean colour")):
             table.add_row(what, "", "", "", *blank, *_bars(first, f"{name}_"), "", _median(first, f"{name}_"), "", style="dim")
     return table
+
+
+def _cost(cost: Difference) -> str:
+    """In percentage points, in two lines: the table is wide already."""
+    mean, low, high = (f"{100 * value:+z.1f}" for value in (cost.mean, cost.low, cost.high))
+    return f"{mean} [{low}, {high}]\n{cost.verdict}"
+
+
+def _compared(costs: dict[str, Difference]) -> str | None:
+    """What the column "against none" holds, in a line."""
+    if not costs:
+        return None
+    told = f", Holm over {len(costs)} comparisons" if len(costs) > 1 else ""
+    return (
+        f"against none: percentage points of accuracy (mean of the last {LAST} evaluations), 90 % t-interval over {_seeds(costs)}; "
+        f"equivalent: within {100 * MARGIN:.0f} points (TOST, 5 %); worse or better: paired t-test (5 %{told})"
+    )
+
+
+def _seeds(costs: dict[str, Difference]) -> str:
+    """How many seeds the differences were taken over."""
+    least, most = min(cost.n for cost in costs.values()), max(cost.n for cost in costs.values())
+    return f"{least} seeds" if least == most else f"{least} to {most} seeds"
 
 
 def _proof(rounds: pd.DataFrame) -> tuple[str, str]:
@@ -250,6 +308,32 @@ def _bytes(rounds: pd.DataFrame) -> Figure:
     axes.set_title("What the accuracy costs: bytes")
     _percent(axes.yaxis)
     axes.legend()
+    return figure
+
+
+def _differences(costs: dict[str, Difference], defenses: list[str]) -> Figure:
+    """A forest plot, in percentage points; colours are those the defenses have in other figures."""
+    names = [textwrap.fill(defense, 30) for defense in costs]
+    figure, axes = _figure(7.4, 1.5 + 0.2 * sum(name.count("\n") + 2 for name in names))
+    axes.axvspan(-100 * MARGIN, 100 * MARGIN, color="#555555", alpha=0.12, linewidth=0)
+    axes.axvline(0, color="#555555", linewidth=1)
+    for row, (defense, cost) in enumerate(costs.items()):
+        mean, low, high = 100 * cost.mean, 100 * cost.low, 100 * cost.high
+        axes.errorbar(
+            [mean],
+            [row],
+            xerr=[[mean - low], [high - mean]],
+            markersize=7,
+            capsize=3,
+            linestyle="none",
+            **_look(defenses.index(defense)),
+        )
+        axes.text(1.02, row, cost.verdict, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+    axes.set_yticks(range(len(costs)), names)
+    axes.grid(False, axis="y")
+    shaded = f"shaded: {100 * MARGIN:.0f} points, the margin"
+    axes.set(ylim=(len(costs) - 0.4, -0.6), xlabel=f"percentage points of accuracy\n90 % interval, {_seeds(costs)}; {shaded}")
+    axes.set_title("What the defense costs: accuracy against none")
     return figure
 
 
