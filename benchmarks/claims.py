@@ -15,6 +15,7 @@
     python benchmarks/claims.py gan              DLG beside the GAN it was compared with, in colour and in grey (Zhu et al. 2019)
     python benchmarks/claims.py batch-sizes      PSNR of 1 to 16 images on the McMahan CNN (initialization study)
     python benchmarks/claims.py rounds           noise on 1, 4 and 16 updates of the same image, by who knows of it
+    python benchmarks/claims.py budget           thefts by who knows the defense, and after twice as many evaluations
     python benchmarks/claims.py resolution       16, 32 and 64 pixels a side for as many evaluations (Zhu et al. 2019)
 
 Images are of CIFAR-10 under $FEDSIM_DATA, or embedded ones with --data synthetic; --side resizes them. One thread.
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 
 import attacks
 from attacks import Adam, CosineGap, GaussianGap, GradientMatching, SquaredGap, Stop, metrics
-from defenses import GaussianNoise, TopK
+from defenses import GaussianNoise, StochasticQuantization, TopK, UniformQuantization
 from experiments.pictures import agreement
 from fedsim.client import chance_seeded
 from fedsim.data import Dataset, Images, load
@@ -492,6 +493,37 @@ def rounds(data: Dataset, count: int) -> None:
     verdict(f"sixteen rounds show more than one: {means[2] - means[0]:+.1f} dB", means[0] < means[1] < means[2])
 
 
+def budget(data: Dataset, count: int) -> None:
+    """Thefts (MSE < 0.03) by who knows the defense after 1,000 evaluations, the study's budget, and after 2,000."""
+    noise = [GaussianNoise(variance=variance) for variance in (1e-4, 1e-3, 1e-2, 1e-1)]
+    kept = [TopK(ratio) for ratio in (0.7, 0.5, 0.3, 0.1)]
+    levels = [UniformQuantization(16), StochasticQuantization(40), StochasticQuantization(16)]
+    changes = []
+    for defense in (*noise, *kept, *levels):
+        model, first, truth, known = victims(data, lambda rng: lenet(data.image_shape, 10, rng=rng), count)
+        sent = [defense(one.packets, {}, generator(0, "defense", one.client))[0] for one in first]  # type: ignore[operator]
+        seen = [replace(one, packets=packets, followed=True) for one, packets in zip(first, sent, strict=True)]
+        attack = attacks.adapted(attacks.idlg(evaluations=2000, record=999), model)
+        assert attack is not None
+        found = attack(seen, replace(known, defense=defense, public=data.test), model, generator(0, "claim"))
+        stolen = []
+        for when in (1000, 2000):
+            made = [_image_at(one, when) for one in found]
+            stolen.append(sum(float(metrics.mse(x, y)) < 0.03 for x, (y, _) in zip(made, truth, strict=True)))
+        changes.append((stolen[1] - stolen[0]) / count)
+        print(f"  {defense}: {stolen[0]}/{count}, then {stolen[1]}/{count} ({found[0].attack})", flush=True)
+    verdict(
+        f"twice the budget changes the rate by less than 5 points on average: {sum(changes) / len(changes):+.1%}",
+        abs(sum(changes)) / len(changes) < 0.05,
+    )
+
+
+def _image_at(one: Reconstruction, evaluations: int) -> Tensor:
+    """What there was of a reconstruction after so many evaluations, or where it ended before."""
+    assert one.trace is not None
+    return one.trace.images[int((one.trace.evaluations <= evaluations).nonzero().max())]
+
+
 def _grey(images: Images) -> Images:
     """The same in one channel, 28 pixels a side."""
     return Images(images.pixels.float().mean(1, keepdim=True)[..., 2:30, 2:30].round().to(torch.uint8), images.labels)
@@ -513,6 +545,7 @@ CLAIMS: dict[str, tuple[Callable[[Dataset, int], None], int]] = {
     "gan": (gan, 16),
     "batch-sizes": (batch_sizes, 4),
     "rounds": (rounds, 8),
+    "budget": (budget, 16),
     "resolution": (resolution, 6),
 }
 
