@@ -23,6 +23,7 @@ from fedsim.records import arrays_of, tensors_of
 from fedsim.secure_aggregation import Secure
 from fedsim.secure_rounds import SecureStrategy, check_averages
 from fedsim.server import (
+    CheckedStrategy,
     EavesdroppingStrategy,
     MeteredStrategy,
     PinningStrategy,
@@ -145,7 +146,8 @@ def server_app(
             check_averages(inner)
             aggregating = SecureStrategy(aggregating, setup.aggregation, protocol.per_round, context.run_id, tuple(buffers))
         metered = MeteredStrategy(aggregating)
-        strategy = SeededStrategy(metered, seed, nodes_by_client(grid, protocol.clients), after)
+        nodes = nodes_by_client(grid, protocol.clients)
+        strategy = SeededStrategy(CheckedStrategy(metered, nodes, tuple(buffers)), seed, nodes, after)
         dense = sum(4 * t.numel() for t in params.values()) + sum(t.numel() * t.element_size() for t in buffers.values())
         clock = time.perf_counter()
 

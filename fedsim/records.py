@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from fedsim.observation import Observation
@@ -131,6 +132,13 @@ def with_content(reply: Message, content: RecordDict) -> Message:
     changed = Message.__new__(Message)
     changed.__dict__.update(reply.__dict__)
     changed.__dict__["_content"] = content
+    return changed
+
+
+def with_error(reply: Message, reason: str) -> Message:
+    """The same reply as that of a client which failed."""
+    changed = with_content(reply, RecordDict())
+    changed.__dict__.update(_content=None, _error=Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason))
     return changed
 
 

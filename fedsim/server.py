@@ -1,12 +1,13 @@
 """The server: any Flower strategy, around it what turns updates into weights, around that the eavesdropper.
 
-    Seeded( Metered( Secure( Pinning( Eavesdropping( Update( FedAvg | FedAdam | Krum | … ) ) ) ) ) )
+    Seeded( Checked( Metered( Secure( Pinning( Eavesdropping( Update( FedAvg | FedAdam | Krum | … ) ) ) ) ) ) )
 
 Each wraps the next and changes one thing; none overrides a strategy. Secure is in `fedsim/secure_rounds.py`.
 """
 
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,9 @@ from fedsim.errors import FederationError
 from fedsim.observation import SUM, Observation
 from fedsim.records import (
     ARRAYS,
+    BUFFERS,
     METRICS,
+    PACKETS,
     SENDER,
     array_of,
     arrays_of,
@@ -34,10 +37,15 @@ from fedsim.records import (
     tensors_of,
     wire_bytes,
     with_content,
+    with_error,
 )
 from fedsim.seeding import seed_of
+from fedsim.wire import from_bytes
 
 log = logging.getLogger(__name__)
+
+LARGEST = 1e10  # entry of an update: sums of squares of such are still finite in float32
+MOST_EXAMPLES = 10**9  # a client may claim
 
 
 class Forwarding(Strategy):
@@ -109,10 +117,6 @@ class UpdateStrategy(Forwarding):
         return _record_of({**after, **self._mean_buffers(list(seen.values()))}), metrics
 
     def _weights(self, reply: Message, seen: Observation) -> Message:
-        for name, before in self._params.items():
-            if name not in seen.packets or seen.packets[name].shape != tuple(before.shape):
-                sent = seen.packets[name].shape if name in seen.packets else "nothing"
-                raise FederationError(f"client {seen.client} sent {sent} for {name}, which is {tuple(before.shape)}")
         update = seen.update
         after = {name: _step(t.numpy(), update[name].numpy(), self.scale) for name, t in self._params.items()}
         content = RecordDict({ARRAYS: held_arrays_of(after), METRICS: reply.content.metric_records[METRICS]})
@@ -192,6 +196,87 @@ class EavesdroppingStrategy(Forwarding):
             buffers = {name: t for name, t in tensors.items() if name in self.buffers}
             self.listen([observation_of(by_client[client], params, buffers, server_round) for client in chosen])
         return super().aggregate_train(server_round, replies)
+
+
+class CheckedStrategy(Forwarding):
+    """Takes a reply that is no update of this model for a failure of its client, and hands the others on.
+
+    Clients may be broken, or mean harm. What is not a number, or so large that its square overflows, would be in all weights after
+    one round. Masked replies are checked by `SecureStrategy`, as far as anybody can.
+
+    nodes  node ids in the order of their clients: nobody speaks for another
+    """
+
+    def __init__(self, inner: Strategy, nodes: Sequence[int], buffers: Sequence[str] = ()) -> None:
+        super().__init__(inner)
+        self.buffers = frozenset(buffers)
+        self._clients = {node: client for client, node in enumerate(nodes)}
+        self._like: dict[str, Tensor] = {}
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        self._like = tensors_of(arrays)
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        return super().aggregate_train(server_round, [self._checked(reply, self._flaw) for reply in replies])
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        return super().aggregate_evaluate(server_round, [self._checked(reply, self._flaw_of_metrics) for reply in replies])
+
+    def _checked(self, reply: Message, flaw_of: Callable[[Message], str | None]) -> Message:
+        if not reply.has_content() or is_masked(reply):
+            return reply
+        try:
+            flaw = flaw_of(reply)
+        except Exception as error:  # whatever reading it raises, what was sent is to blame
+            flaw = f"it cannot be read: {type(error).__name__}: {error}"
+        return reply if flaw is None else with_error(reply, f"client {self._clients.get(reply.metadata.src_node_id)}: {flaw}")
+
+    def _flaw(self, reply: Message) -> str | None:
+        """What is wrong with an update, if anything."""
+        content, client = reply.content, self._clients.get(reply.metadata.src_node_id)
+        if (says := content.config_records[SENDER]["client"]) != client:
+            return f"it says that it comes from client {says!r}"
+        if flaw := self._flaw_of_metrics(reply):
+            return flaw
+        update = content.array_records[PACKETS]
+        statistics = content.array_records[BUFFERS]
+        for sent, names in ((update, self._like.keys() - self.buffers), (statistics, self.buffers)):
+            if sent.keys() != names:
+                missing, unknown = sorted(names - sent.keys()), sorted(sent.keys() - names)
+                return f"{missing[0]} is missing" if missing else f"{unknown[0]} is no tensor of this model"
+        for name, array in update.items():
+            packet = from_bytes(numpy_of(array).data)
+            if packet.shape != tuple(self._like[name].shape):  # before its entries are laid out
+                return f"{name} is {packet.shape}, not {tuple(self._like[name].shape)}"
+            if flaw := _flaw_of_values(name, packet.dense()):
+                return flaw
+        for name, t in tensors_of(statistics).items():
+            like = self._like[name]
+            if t.shape != like.shape or t.dtype != like.dtype:
+                return f"{name} is {t.dtype} {tuple(t.shape)}, not {like.dtype} {tuple(like.shape)}"
+            if flaw := _flaw_of_values(name, t):
+                return flaw
+        return None
+
+    def _flaw_of_metrics(self, reply: Message) -> str | None:
+        metrics = reply.content.metric_records[METRICS]
+        examples = metrics["num-examples"]
+        if not isinstance(examples, int) or not 1 <= examples <= MOST_EXAMPLES:
+            return f"it claims {examples!r} examples"
+        odd = [
+            f"{name} is {value!r}"
+            for name, value in metrics.items()
+            if not isinstance(value, int | float) or not math.isfinite(value)
+        ]
+        return odd[0] if odd else None
+
+
+def _flaw_of_values(name: str, t: Tensor) -> str | None:
+    if not t.numel():
+        return None
+    largest = float(t.abs().max())  # NaN if any entry is
+    return None if largest <= LARGEST else f"an entry of {name} is {largest:g}, and none may be above {LARGEST:g}"
 
 
 class MeteredStrategy(Forwarding):

@@ -2,20 +2,25 @@
 
 import dataclasses
 import logging
+import math
 import random
+from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from flwr.app import RecordDict
 from torch import Tensor
 from worlds import FEDAVG, FEDSGD, FLOWER, NORMED, TOPK_EF, History, assert_same, config, everybody, federate, nobody
 
 from fedsim import client
 from fedsim.federation import Checkpoint, Evaluation
 from fedsim.observation import Observation
-from fedsim.records import reply_of
+from fedsim.records import METRICS, PACKETS, array_of, reply_of
 from fedsim.server import restore_strategy, strategy_state
 from fedsim.setup import build
-from fedsim.wire import nbytes, to_bytes
+from fedsim.wire import nbytes, pack, to_bytes
 
 STRATEGIES = {
     "FedAvg": {},
@@ -112,7 +117,10 @@ def test_an_observation_is_what_was_sent_to_the_byte_and_nothing_else(monkeypatc
     assert seen == sorted(sent, key=lambda reply: reply[0])
     assert_same(left.seen[0].params, left.checkpoints[0].tensors)
     fields = {field.name for field in dataclasses.fields(Observation)}
-    assert fields == {"params", "packets", "num_examples", "round", "client", "buffers", "sent_buffers", "summed", "masked"}
+    assert fields == {"params", "packets", "num_examples", "round", "client", "buffers", "sent_buffers", "summed", "masked"} | {
+        "previous",  # another observation
+        "followed",
+    }
 
 
 def test_nobody_is_listened_to_who_was_not_picked():
@@ -218,6 +226,107 @@ def test_a_round_in_which_all_fail_ends_the_run_and_says_why(monkeypatch):
     monkeypatch.setattr(client, "reply_of", failing({0, 1, 2, 3}))
     with pytest.raises(RuntimeError, match=r"round 1: none of the 3 chosen clients sent an update: .*no more memory"):
         federate(config())
+
+
+# Replies that are no updates ------------------------------------------------------------------------------------------------------
+
+
+def bad(entry: float) -> Callable[..., RecordDict]:
+    def reply(packets, *about):
+        return reply_of(packets | {"head.bias": replace(packets["head.bias"], values=torch.full((10,), entry))}, *about)
+
+    return reply
+
+
+def with_packet(name: str, data: bytes) -> Callable[..., RecordDict]:
+    def reply(*about):
+        made = reply_of(*about)
+        made.array_records[PACKETS][name] = array_of(np.frombuffer(data, np.uint8))
+        return made
+
+    return reply
+
+
+def without(kind: str) -> Callable[..., RecordDict]:
+    return lambda *about: RecordDict({name: record for name, record in reply_of(*about).items() if name != kind})
+
+
+FLAWS: dict[str, tuple[Callable[..., RecordDict], str]] = {
+    "NaN": (bad(math.nan), "an entry of head.bias is nan"),
+    "infinite": (bad(-math.inf), "an entry of head.bias is inf"),
+    "huge": (bad(1e30), "an entry of head.bias is 1e+30, and none may be above 1e+10"),
+    "shape": (
+        lambda packets, *about: reply_of(packets | pack({"head.bias": torch.zeros(11)}), *about),
+        "head.bias is (11,), not (10,)",
+    ),
+    "missing": (lambda packets, *about: reply_of({"head.bias": packets["head.bias"]}, *about), "is missing"),
+    "unknown": (
+        lambda packets, *about: reply_of(packets | pack({"extra": torch.zeros(2)}), *about),
+        "extra is no tensor of this model",
+    ),
+    "junk": (with_packet("head.bias", b"no packet"), "it cannot be read: ValueError"),
+    "a claim": (with_packet("head.bias", to_bytes(pack({"x": torch.zeros(3)})["x"])), "head.bias is (3,), not (10,)"),
+    "examples": (lambda p, b, n, *about: reply_of(p, b, -n, *about), "it claims -2 examples"),
+    "too many": (lambda p, b, n, *about: reply_of(p, b, 10**12, *about), "it claims 1000000000000 examples"),
+    "loss": (lambda p, b, n, loss, c: reply_of(p, b, n, math.inf, c), "train-loss is inf"),
+    "another": (lambda p, b, n, loss, c: reply_of(p, b, n, loss, 3), "it says that it comes from client 3"),
+    "nothing": (lambda *about: RecordDict(), "it cannot be read: KeyError"),
+    "no packets": (without(PACKETS), "it cannot be read: KeyError"),
+    "no metrics": (without(METRICS), "it cannot be read: KeyError"),
+    "statistics": (lambda p, b, *about: reply_of(p, {"mean": torch.zeros(3)}, *about), "mean is no tensor of this model"),
+}
+
+
+@pytest.mark.parametrize("name", FLAWS)
+def test_a_reply_that_is_no_update_is_left_out_and_the_round_goes_on(name, monkeypatch, caplog):
+    broken, says = FLAWS[name]
+    monkeypatch.setattr(client, "reply_of", lambda *about: (broken if about[-1] == 2 else reply_of)(*about))
+    with caplog.at_level(logging.WARNING, "fedsim"):
+        left = federate(config(federation=FEDSGD | {"per_round": 4}), rounds=2)
+    assert [(r.clients, r.failures) for r in left.reports] == [(0, 0), (3, 1), (3, 1)]
+    assert [one.client for one in left.seen] == [0, 1, 3] * 2
+    warned = [record.getMessage() for record in caplog.records if record.name == "fedsim.server"]
+    assert len(warned) == 2
+    assert warned[0].startswith("round 1: a client failed and is left out: client 2: ")
+    assert says in warned[0]
+    mean = sum(one.update["head.bias"] for one in left.seen[:3]) / 3
+    assert torch.allclose(moved(left, 1)["head.bias"], 0.1 * mean, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda t: t * math.nan, "1.running_mean is nan"),
+        (lambda t: t[:1], "1.running_mean is torch.float32 (1,), not torch.float32 (2,)"),
+        (lambda t: t.int(), "1.running_mean is torch.int32 (2,), not torch.float32 (2,)"),
+    ],
+)
+def test_batchnorm_statistics_that_are_none_are_left_out_with_their_client(wrong, says, monkeypatch, caplog):
+    def reply(packets, buffers, num_examples, loss, sender):
+        sent = buffers | {"1.running_mean": wrong(buffers["1.running_mean"])} if sender == 1 else buffers
+        return reply_of(packets, sent, num_examples, loss, sender)
+
+    monkeypatch.setattr(client, "reply_of", reply)
+    with caplog.at_level(logging.WARNING, "fedsim"):
+        left = federate(config(model=NORMED, federation=FEDAVG | {"per_round": 4}), rounds=1)
+    assert left.reports[1].failures == 1
+    assert says in caplog.text
+    assert all(bool(t.isfinite().all()) for t in left.weights.values())
+
+
+def test_a_round_without_one_valid_reply_ends_the_run_and_says_why(monkeypatch):
+    monkeypatch.setattr(client, "reply_of", FLAWS["NaN"][0])
+    with pytest.raises(
+        RuntimeError, match=r"round 1: none of the 3 chosen clients sent an update: client \d: an entry of head.bias is nan"
+    ):
+        federate(config())
+
+
+def test_an_evaluation_that_is_no_number_is_left_out(monkeypatch):
+    accuracies = iter([math.nan, 0.5, 0.5, 0.5])
+    monkeypatch.setattr(client, "evaluate", lambda *of: (next(accuracies), 1.0))
+    left = federate(config(), rounds=1, evaluation=Evaluation(clients=True))
+    assert left.reports[1].client_accuracy == 0.5
 
 
 # BatchNorm ------------------------------------------------------------------------------------------------------------------------
