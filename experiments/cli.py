@@ -1,6 +1,7 @@
 """The `fedsim` command. Nothing heavy is imported before it is needed: `fedsim --help` must not wait for torch."""
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -118,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--full", action="store_true", help="the full size, of hours rather than minutes")
     study.add_argument("--dry-run", action="store_true", help="name the cells and stop")
     study.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time, a process each (default: 1)")
+    study.add_argument("--max-cells", type=int, metavar="N", help="run so many cells at most, and stop")
+    study.add_argument("--budget", type=_seconds, metavar="TIME", help="begin no cell after this time, such as 90s, 30m or 8h")
     study.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="where its runs go (default: runs/study-NAME-SIZE)")
 
     listing = _command(commands, "list", _list, "explain the choices of a kind")
@@ -125,6 +128,18 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(commands, "doctor", _doctor, "check the installation, and say what cures what is wrong")
     return parser
+
+
+def _seconds(text: str) -> float:
+    """A time such as 90s, 30m or 8h."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    try:
+        seconds = float(text[:-1]) * (unit or 0)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"a time is a number above 0 and s, m or h, such as 30m, not {text!r}")
+    return seconds
 
 
 def _command(commands: Any, name: str, do: Any, what: str) -> argparse.ArgumentParser:
@@ -257,6 +272,8 @@ def _study(arguments: argparse.Namespace) -> int:
             print(f"{name:24s} {study.load(name).about}")
         return 0
     whole("--workers", arguments.workers)
+    if arguments.max_cells is not None:
+        whole("--max-cells", arguments.max_cells)
     chosen, size = study.load(arguments.name), "full" if arguments.full else "quick"
     cells = chosen.cells(size, arguments.overrides)
     if arguments.dry_run:
@@ -272,11 +289,13 @@ def _study(arguments: argparse.Namespace) -> int:
         runner.check_config(config)
     base = arguments.out or Path("runs") / f"study-{chosen.name}-{size}"
     console.print(f"{chosen.about}\n{len(cells)} cells in {base}")
-    paths, failures = study.run(cells, base, arguments.command_line, arguments.workers)
+    paths, failures = study.run(cells, base, arguments.command_line, arguments.workers, arguments.max_cells, arguments.budget)
     if paths:
         _finish([RunFolder.open(path) for path in paths], base / "figures")
     for name, why in failures.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
+    if left := len(cells) - len(paths) - len(failures):
+        console.print(f"{left} cells are left: the same command goes on")
     return 1 if failures else 0
 
 

@@ -5,12 +5,15 @@ unfinished ones resumed, and cells that were added are run. A cell that fails is
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
+import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +61,21 @@ def load(name: str) -> Study:
     return Study(name, about, **settings)
 
 
-def run(cells: dict[str, Config], base: Path, command: str, workers: int) -> tuple[list[Path], dict[str, str]]:
-    """Runs what is not finished of the cells, `workers` at a time: folders of those that are now, and why others failed."""
+def run(
+    cells: dict[str, Config], base: Path, command: str, workers: int, most: int | None = None, seconds: float | None = None
+) -> tuple[list[Path], dict[str, str]]:
+    """Runs what is not finished of the cells, `workers` at a time: folders of those that are now, and why others failed.
+
+    most     cells to run this time, at most
+    seconds  after which no further cell is begun
+    """
     from experiments.progress import console
 
+    began = time.monotonic()
+    todo = [name for name, config in cells.items() if not _finished(config, base / name)]
+    kept, todo = [name for name in cells if name not in todo], todo[:most]
+    if kept:
+        console.print(f"  {len(kept)} of them finished already")
     failures: dict[str, str] = {}
     done: list[str] = []
 
@@ -69,21 +83,48 @@ def run(cells: dict[str, Config], base: Path, command: str, workers: int) -> tup
         done.append(name)
         if error is not None:
             failures[name] = error
-        console.print(f"  {len(done)}/{len(cells)}  {name}" + (f": failed: {error}" if error else ""))
+        left = timedelta(seconds=round((time.monotonic() - began) / len(done) * (len(todo) - len(done))))
+        console.print(f"  {len(done)}/{len(todo)}  {name}" + (f": failed: {error}" if error else "") + f"  left {left}")
 
+    def late() -> bool:
+        return seconds is not None and time.monotonic() - began >= seconds
+
+    waiting = iter(todo)
     if workers == 1:
-        for name, config in cells.items():
-            tell(name, _cell(config, base / name, command, quiet=False))
+        for name in waiting:
+            if late():
+                break
+            tell(name, _cell(cells[name], base / name, command, quiet=False))
     else:
         # A fork would inherit torch's threads in an unknown state.
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            started = {pool.submit(_cell, config, base / name, command, quiet=True): name for name, config in cells.items()}
-            for future in as_completed(started):
-                try:
-                    tell(started[future], future.result())
-                except BrokenProcessPool:
-                    tell(started[future], "a process was killed, perhaps for memory: start again, with fewer --workers")
-    return [base / name for name in cells if name not in failures], failures
+
+            def begin(count: int) -> dict[Future[str | None], str]:
+                names = [] if late() else itertools.islice(waiting, count)
+                return {pool.submit(_cell, cells[name], base / name, command, quiet=True): name for name in names}
+
+            running = begin(workers)
+            while running:
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    name = running.pop(future)
+                    try:
+                        tell(name, future.result())
+                    except BrokenProcessPool:
+                        tell(name, "a process was killed, perhaps for memory: start again, with fewer --workers")
+                        waiting = iter(())  # there is nobody left to run others
+                running |= begin(len(ended))
+    return [base / name for name in cells if name in {*kept, *done} - failures.keys()], failures
+
+
+def _finished(config: Config, path: Path) -> bool:
+    from experiments import runner
+    from fedsim.run import RunFolder
+
+    if not (path / "config.json").exists():
+        return False
+    folder = RunFolder.open(path)
+    return folder.config == config and runner.finished(folder)
 
 
 def _cell(config: Config, path: Path, command: str, *, quiet: bool) -> str | None:
@@ -103,8 +144,7 @@ def _cell(config: Config, path: Path, command: str, *, quiet: bool) -> str | Non
             folder = RunFolder.open(path)
             if folder.config != config:
                 return f"{path} was made with other settings: take another -o FOLDER, or remove it"
-            if not runner.finished(folder):
-                runner.resume(folder)
+            runner.resume(folder)
         except Exception as error:  # whatever it is, it is this cell's; its traceback is in the cell's log
             return f"{type(error).__name__}: {' '.join(str(error).split())}; see {path / 'log.txt'}"
     return None

@@ -97,6 +97,29 @@ def test_cells_that_settings_do_not_tell_apart_have_folders_of_their_own(tiny):
     assert [config["rounds"] for config in cells.values()] == [1, 2]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_study_can_be_done_in_parts(workers, tiny, capsys):
+    out = tiny / "out"
+    command = ["study", "tiny", "--workers", str(workers), "-o", str(out)]
+    assert main([*command, "--max-cells", "1"]) == 0
+    assert "2 cells are left: the same command goes on" in capsys.readouterr().out
+    assert len(list(out.glob("*/leaks.parquet"))) == 1
+    assert main([*command, "--budget", "0.0001s"]) == 0
+    said = capsys.readouterr().out
+    assert "1 of them finished already" in said
+    assert "2 cells are left" in said
+    assert main([*command, "--budget", "1h"]) == 0
+    assert "left: the same" not in capsys.readouterr().out
+    assert len(list(out.glob("*/leaks.parquet"))) == 3
+
+
+@pytest.mark.parametrize("budget", ["30", "m", "-3m", "0s", "nanh", "infh", "1d"])
+def test_a_budget_that_is_no_time_is_told(budget, tiny, capsys):
+    with pytest.raises(SystemExit):
+        main(["study", "tiny", f"--budget={budget}"])
+    assert f"such as 30m, not '{budget}'" in capsys.readouterr().err
+
+
 def test_a_dry_run_names_the_cells_and_does_nothing(tiny, capsys):
     assert main(["study", "tiny", "--dry-run", "--full", "seed=0,1", "-o", str(tiny / "out")]) == 0
     said = capsys.readouterr().out.splitlines()
