@@ -4,11 +4,13 @@ Every figure is written as PNG and as SVG. Colours are those of Okabe and Ito (2
 each defense has a marker of its own as well.
 """
 
+import math
 import textwrap
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,13 @@ from fedsim.observation import SUM
 from fedsim.run import RunFolder
 from fedsim.setup import setup_of
 
+KNOWING = ", adaptive"  # ends the label of an attacker who knows the defense
 MEDIAN, WORST = "#0072B2", "#D55E00"
 PERFECT = 60.0  # dB; better than any eye, and an exact copy has no finite PSNR
 MARGIN = 0.02  # of accuracy: what a defense may cost and still count as equivalent to none
+FEW = 8  # contenders that a legend inside the axes has room for
+COLUMN = 30  # of a legend beside them
+PAGE = 16  # rows of pictures in one file
 LAST = 5  # evaluations that a run's accuracy is averaged over where it is tested; a single one jitters
 
 
@@ -61,7 +67,9 @@ def draw(folders: Sequence[RunFolder], out: Path) -> list[Path]:
             if text:
                 made.append(_sentences(leaks, attack, out / f"stolen_{attack}.md"))
             else:
-                made.append(save(_pictures(folders, attack), out / f"pictures_{attack}"))
+                pages = _pictures(folders, attack)
+                names = [f"pictures_{attack}" + (f"_{i}" if len(pages) > 1 else "") for i in range(1, len(pages) + 1)]
+                made += [save(page(), out / name) for page, name in zip(pages, names, strict=True)]
                 made += _traces(folders, attack, out / f"traces_{attack}")
             if learned:
                 what = "sentences" if text else "images"
@@ -93,7 +101,7 @@ def _leaks_of(folder: RunFolder) -> pd.DataFrame:
     seen = leaks["seen"] if "seen" in leaks else pd.Series("update", leaks.index)  # tables of earlier versions
     method = leaks["attack"].str.removesuffix(ADAPTIVE)
     labels = [
-        (name if what == "update" else f"{name}: {what}") + (", adaptive" if adaptive else "")
+        (name if what == "update" else f"{name}: {what}") + (KNOWING if adaptive else "")
         for what, adaptive in zip(seen, leaks["attacker"] == "adaptive", strict=True)
     ]
     return leaks.assign(seen=seen, defense=labels, made_by=leaks["attack"], attack=method)
@@ -263,7 +271,8 @@ def _in_order(values: pd.Series) -> list[str]:
 
 
 def _look(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    # As many pairs as colours times markers, before one comes again.
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]}
 
 
 def _band(axes: Axes, table: pd.DataFrame, x: str, y: str, name: str, index: int) -> None:
@@ -277,8 +286,22 @@ def _band(axes: Axes, table: pd.DataFrame, x: str, y: str, name: str, index: int
         axes.fill_between(mean.index, low, high, color=COLOURS[index % len(COLOURS)], alpha=0.15, linewidth=0)
 
 
-def _figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Axes]:
+def _figure(width: float = 6.4, height: float = 4.0, entries: int = 0) -> tuple[Figure, Axes]:
+    """Axes in a figure of their own, with room for a legend of so many entries beside them if they are many."""
+    if entries > FEW:
+        width, height = 6.4 + 3.2 * math.ceil(entries / COLUMN), max(height, 0.17 * min(entries, COLUMN) + 0.7)
     return plt.subplots(figsize=(width, height), layout="constrained")
+
+
+def _legend(axes: Axes, beside: bool = False) -> None:
+    """The legend, in the axes while it is short, else (or if told) beside them."""
+    entries = len(axes.get_legend_handles_labels()[1])
+    if entries > FEW:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, ncols=math.ceil(entries / COLUMN))
+    elif beside:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    else:
+        axes.legend()
 
 
 def _percent(axis: Any) -> None:
@@ -286,18 +309,18 @@ def _percent(axis: Any) -> None:
 
 
 def _accuracy(rounds: pd.DataFrame) -> Figure:
-    figure, axes = _figure()
+    figure, axes = _figure(entries=rounds["defense"].nunique())
     for i, defense in enumerate(_in_order(rounds["defense"])):
         _band(axes, rounds[rounds["defense"] == defense], "round", "accuracy", defense, i)
     axes.set(xlabel="round", ylabel="accuracy on the test set", ylim=(0, None), title="What the defense costs: accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _percent(axes.yaxis)
-    axes.legend()
+    _legend(axes)
     return figure
 
 
 def _bytes(rounds: pd.DataFrame) -> Figure:
-    figure, axes = _figure()
+    figure, axes = _figure(entries=rounds["defense"].nunique())
     for i, defense in enumerate(_in_order(rounds["defense"])):
         of = rounds[rounds["defense"] == defense].sort_values(["run", "round"])
         of = of.assign(megabytes=of.groupby("run")["bytes_up"].cumsum() / 1e6)
@@ -307,7 +330,7 @@ def _bytes(rounds: pd.DataFrame) -> Figure:
     axes.set(xlabel="sent by all clients so far (MB, log scale)", ylabel="accuracy on the test set", ylim=(0, None), xscale="log")
     axes.set_title("What the accuracy costs: bytes")
     _percent(axes.yaxis)
-    axes.legend()
+    _legend(axes)
     return figure
 
 
@@ -371,8 +394,10 @@ TEXTS = _Leak(
 
 
 def _leak(leaks: pd.DataFrame, attack: str, shown: _Leak) -> Figure:
-    figure, axes = _figure(8.0, 4.0)
     leaks = leaks[leaks["attack"] == attack]
+    if leaks["defense"].nunique() > 2 * FEW:
+        return _leak_in_rows(leaks, attack, shown)
+    figure, axes = _figure(8.0, 4.0)
     every = sorted(leaks["round"].unique())
     defenses = _in_order(leaks["defense"])
     for i, defense in enumerate(defenses):
@@ -400,13 +425,33 @@ def _leak(leaks: pd.DataFrame, attack: str, shown: _Leak) -> Figure:
     axes.set_xticks(range(len(every)), [str(round) for round in every])
     axes.set(xlim=(-0.6, len(every) - 0.4), xlabel="round", ylabel=shown.axis)
     axes.set_title(f"What leaks to {attack}: lines are medians, open marks did not converge")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _legend(axes, beside=True)
+    return figure
+
+
+def _leak_in_rows(leaks: pd.DataFrame, attack: str, shown: _Leak) -> Figure:
+    """Of many defenses, a row each, all rounds together."""
+    contenders = leaks["defense"].str.removesuffix(KNOWING)
+    rows = _in_order(contenders)
+    figure, axes = _figure(8.0, 0.27 * len(rows) + 1.6)
+    looks = (("naive", "does not know the defense", MEDIAN, "o", -0.15), ("adaptive", "knows it", WORST, "D", 0.15))
+    for who, says, colour, marker, shift in looks:
+        of = leaks[leaks["attacker"] == who]
+        place = contenders[of.index].map({name: row + shift for row, name in enumerate(rows)})
+        axes.scatter(of[shown.column].clip(upper=shown.most), place, s=12, marker=marker, color=colour, alpha=0.3, linewidth=0)
+        median = of.groupby(place)[shown.column].median().clip(upper=shown.most)
+        axes.scatter(median, median.index, s=45, marker=marker, color=colour, label=says)
+    for level, text, style in ((shown.bar, shown.stolen, "--"), (leaks[shown.trivial].median(), shown.guess, ":")):
+        axes.axvline(level, color="#555555", linestyle=style, linewidth=1, label=text)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=shown.axis, title=f"What leaks to {attack}: large marks are medians")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
 def _pareto(rounds: pd.DataFrame, leaks: pd.DataFrame, attack: str, what: str) -> Figure:
-    figure, axes = _figure(8.0, 4.0)
     leaks = leaks[leaks["attack"] == attack]
+    figure, axes = _figure(8.0, 4.0, entries=leaks["defense"].nunique())
     for i, defense in enumerate(_in_order(leaks["defense"])):
         victims = leaks[leaks["defense"] == defense]
         of = rounds[rounds["run"].isin(victims["run"])].dropna(subset="accuracy").sort_values("round")
@@ -430,7 +475,7 @@ def _pareto(rounds: pd.DataFrame, leaks: pd.DataFrame, attack: str, what: str) -
     axes.set_title("Better is up and to the left")
     _percent(axes.xaxis)
     _percent(axes.yaxis)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _legend(axes, beside=True)
     return figure
 
 
@@ -450,9 +495,12 @@ def _sentences(leaks: pd.DataFrame, attack: str, path: Path, most: int = 24) -> 
     return path
 
 
-def _pictures(folders: Sequence[RunFolder], attack: str, columns: int = 8) -> Figure:
-    """Original, and what was stolen despite each defense, of the same victims; each row's median and worst leak are framed."""
-    rows: dict[str, tuple[RunFolder, pd.DataFrame]] = {}
+_Rows = dict[str, tuple[RunFolder, pd.DataFrame]]
+
+
+def _pictures(folders: Sequence[RunFolder], attack: str, columns: int = 8) -> list[Callable[[], Figure]]:
+    """Pages of what was stolen despite each defense, of the same victims on all."""
+    rows: _Rows = {}
     for folder in folders:
         leaks = _leaks_of(folder)
         leaks = leaks[leaks["attack"] == attack] if len(leaks) else leaks
@@ -464,6 +512,12 @@ def _pictures(folders: Sequence[RunFolder], attack: str, columns: int = 8) -> Fi
         # An attack on a few of a client's many images finds other ones despite each defense: then the first defense's are shown.
         victims = shared if len(shared := victims.intersection(table.index)) else victims
     victims = victims.sort_values()[np.unique(np.linspace(0, len(victims) - 1, columns).round().astype(int))]
+    pages = [list(rows.items())[first : first + PAGE] for first in range(0, len(rows), PAGE)]
+    return [partial(_page, dict(page), victims, attack) for page in pages]
+
+
+def _page(rows: _Rows, victims: pd.Index, attack: str) -> Figure:
+    """Original, and what was stolen despite each defense; each row's median and worst leak are framed."""
     config = next(iter(rows.values()))[0].config
     setup = setup_of(config)
     size = (1.05 * len(victims) + 1.4, 1.25 * (len(rows) + 1) + 0.5)

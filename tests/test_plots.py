@@ -1,0 +1,100 @@
+"""Figures of many defenses: nothing overflows, and nothing is left out."""
+
+import matplotlib
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+
+from experiments import plots
+from experiments.canvas import STYLE, save
+from experiments.config import compose
+from experiments.runner import start
+
+NAMES = [f"gaussian variance=1e-{i}, and more" for i in range(45)]
+
+
+@pytest.fixture(autouse=True)
+def _styled():
+    matplotlib.use("Agg")
+    with plt.rc_context(STYLE):
+        yield
+
+
+def leaks() -> pd.DataFrame:
+    """Two victims of each attacker and defense; none has nothing to know."""
+    rows = [
+        {
+            "defense": name + (plots.KNOWING if who == "adaptive" else ""),
+            "attacker": who,
+            "psnr_db": 10.0 + i + 5 * (who == "adaptive"),
+        }
+        for i, name in enumerate(["none", *NAMES])
+        for who in (("naive", "adaptive") if i else ("naive",))
+        for _ in range(2)
+    ]
+    about = {"attack": "dlg", "round": 1, "run": "here", "verdict": "stolen", "converged": True, "mean_image_psnr_db": 13.0}
+    return pd.DataFrame(rows).assign(**about)
+
+
+def test_many_defenses_have_a_row_each_with_both_attackers():
+    figure = plots._leak(leaks(), "dlg", plots.IMAGES)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["none", *NAMES]
+    naive, adaptive = (mark.get_offsets() for mark in axes.collections[1::2])
+    assert naive[:, 0].tolist() == [10.0 + i for i in range(46)]
+    assert adaptive[:, 0].tolist() == [15.0 + i for i in range(1, 46)]
+    assert adaptive[:, 1].tolist() == pytest.approx([i + 0.15 for i in range(1, 46)])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("many", [2, 12, 45])
+def test_legends_of_any_length_fit_their_figure(many, tmp_path):
+    some = leaks()
+    some = some[some["defense"].isin([*NAMES[:many], *(name + plots.KNOWING for name in NAMES[:many])])]
+    rounds = pd.DataFrame(
+        [
+            {"defense": name, "run": name, "round": round, "accuracy": 0.1 * round, "bytes_up": 1000}
+            for name in NAMES[:many]
+            for round in (1, 2)
+        ]
+    )
+    some = some.assign(run=some["defense"].str.removesuffix(plots.KNOWING))
+    figures = {
+        "accuracy": plots._accuracy(rounds),
+        "bytes": plots._bytes(rounds),
+        "leak": plots._leak(some, "dlg", plots.IMAGES),
+        "pareto": plots._pareto(rounds, some, "dlg", "images"),
+    }
+    for name, figure in figures.items():
+        figure.canvas.draw()
+        legend = figure.legends[0] if figure.legends else figure.axes[0].get_legend()
+        box, page = legend.get_window_extent(), figure.bbox
+        assert page.x0 <= box.x0, name
+        assert box.x1 <= page.x1 + 1, name
+        assert page.y0 - 1 <= box.y0, name
+        assert box.y1 <= page.y1 + 1, name
+        assert save(figure, tmp_path / name).stat().st_size > 0
+
+
+def test_contenders_look_different():
+    looks = [tuple(plots._look(i).values()) for i in range(64)]
+    assert len(set(looks)) == 64
+
+
+def test_rows_of_pictures_are_spread_over_pages(tmp_path, monkeypatch):
+    small = [
+        "data.train_size=40",
+        "data.test_size=20",
+        "federation.clients=2",
+        "federation.per_round=2",
+        "rounds=1",
+        "tap.when=end",
+    ]
+    attack = ["attack=cosine_lbfgs", "attack.evaluations=4", "attacker=naive"]
+    folders = [
+        start(compose([*small, *attack, f"defense={name}"]), tmp_path / name, "a test") for name in ("none", "uniform", "topk")
+    ]
+    assert (tmp_path / "one") / "pictures_cosine_lbfgs.png" in plots.draw(folders, tmp_path / "one")
+    monkeypatch.setattr(plots, "PAGE", 2)
+    made = [path.name for path in plots.draw(folders, tmp_path / "two")]
+    assert [name for name in made if name.startswith("pictures")] == ["pictures_cosine_lbfgs_1.png", "pictures_cosine_lbfgs_2.png"]
