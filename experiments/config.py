@@ -199,10 +199,10 @@ def conditions(config: Config) -> str:
 
 def cell_names(configs: Sequence[Config]) -> list[str]:
     """What the runs of a grid are called, and their folders: each otherwise, by its place where its settings do not tell."""
-    names = [
-        f"{contender(config)}_{config['choices']['attack']}_seed={config['seed']}".replace(" ", "_").replace("/", "-")
-        for config in configs
-    ]
+    names = []
+    for config in configs:
+        attack = config["choices"]["attack"] + "_adaptive" * (config["attacker"] == "adaptive")
+        names.append(f"{contender(config)}_{attack}_seed={config['seed']}".replace(" ", "_").replace("/", "-"))
     return [name if names.count(name) == 1 else f"{i:03d}_{name}" for i, name in enumerate(names)]
 
 

@@ -94,11 +94,15 @@ class Attacker:
 
 
 def attackers(setup: Setup, attack: Any, name: str, who: str) -> list[Attacker]:
-    """The attackers of a run: `who` is naive, adaptive or both. One who knows that there is no defense does nothing else."""
+    """The attackers of a run: `who` is naive, adaptive or both, which without a defense is naive.
+
+    There is nothing to know then, but `adaptive` still rehearses, for a comparison of the same attacker with and without a defense.
+    """
     if isinstance(attack, GradientMatching) and attack.looks_behind_noise:
         return [Attacker(name, attack, adaptive=True)]
     naive = Attacker(name, attack)
-    if who == "naive" or not defended(setup) or isinstance(setup.aggregation, Secure) or isinstance(setup.dataset, Corpus):
+    alone = who == "naive" or (who == "both" and not defended(setup))
+    if alone or isinstance(setup.aggregation, Secure) or isinstance(setup.dataset, Corpus):
         return [naive]
     other = adapted(attack, setup.model())
     if other is None:

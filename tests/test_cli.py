@@ -226,12 +226,12 @@ def test_the_gradient_that_is_kept_is_that_of_the_picture_at_the_parameters_that
         assert torch.equal(group("sent")[name][kept], gradient[kept])
 
 
-@pytest.mark.parametrize(("defense", "who"), [("uniform", "adaptive"), ("none", "naive")])
+@pytest.mark.parametrize(("defense", "who"), [("uniform", "adaptive"), ("none", "adaptive"), ("none", "both")])
 def test_a_theft_by_somebody_who_knows_the_defense(defense, who, tmp_path):
     out = tmp_path / "theft"
-    assert fedsim("invert", "--index", 25, "model=lenet", *THEFT, f"defense={defense}", "attacker=adaptive", "-o", out) == 0
+    assert fedsim("invert", "--index", 25, "model=lenet", *THEFT, f"defense={defense}", f"attacker={who}", "-o", out) == 0
     about = json.loads((out / "metrics.json").read_text())
-    assert about["attacker"] == who  # of no defense there is nothing to know
+    assert about["attacker"] == ("adaptive" if who == "adaptive" else "naive")  # one theft is drawn
     assert about["found_by"].startswith("tv=") is (who == "adaptive")
     assert (out / "layers.png").exists()
 
