@@ -421,7 +421,8 @@ def test_the_strongest_takes_the_way_that_a_network_leaves_open() -> None:
         labels = torch.randint(classes, (len(images),), generator=generator(0, "winner"))
         known = Knowledge(tuple(images.shape[1:]), classes)  # type: ignore[arg-type]
         (found,) = attack([client(model, images, labels)], known, model, generator(0, "strongest"))
-        assert (worst(found, images) < 1e-6) == found.converged
+        exact = found.attack in ("analytic", "spear", "rgap")
+        assert not exact or (found.converged and worst(found, images) < 1e-6)
         return found
 
     assert winner(small_mlp(), images_of(TINY, 1), 11).attack == "analytic"
