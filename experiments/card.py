@@ -220,7 +220,7 @@ def _other_rounds(setup: Setup, tap: Tap) -> list[str]:
     if isinstance(setup.defense, Followed):
         followed = "used: they bound what the defense remembers, of clients that are always listened to"
         lines.append(followed if tap.follows_any else "not used: what the defense remembers needs tap.rounds=all tap.clients=all")
-    if min(map(len, setup.shards)) < setup.protocol.batch_size:
+    if min(map(len, setup.shards)) < setup.protocol.batch_size and not hidden_noises(setup.model()):
         lines.append("held together with this round's, of clients that have fewer images than a batch: they are the same each time")
     return lines
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from attacks import GradientMatching, adapted
+from attacks.hidden_noise import hidden_noises
 from experiments import scoring
 from experiments.card import GUESS, card, defended, guarantee_of, obstacles
 from experiments.config import Config, ConfigError, build_checked, contender, label
@@ -226,14 +227,15 @@ def _attack(setup: Setup, folder: RunFolder, attacker: Attacker, seen: Sequence[
 def with_history(setup: Setup, folder: RunFolder, seen: Sequence[Observation]) -> list[Observation]:
     """What was seen, with what the same clients sent before, as far as that was listened to and says anything.
 
-    It does so of a defense with a memory, if nothing was missed in between, and of clients that send of the same images each time.
+    It does so of a defense with a memory, if nothing was missed in between, and of clients that send of the same images each time,
+    unless the model drew other noise for each.
     """
     tap: Tap = build_checked("tap", folder.config["tap"])
-    remembered = bool(setup.defense.init(seen[0].update))
+    remembered, draws = bool(setup.defense.init(seen[0].update)), bool(hidden_noises(setup.model()))
     told = []
     for one in seen:
         follows = tap.follows(one.client)
-        whole = scoring.knowledge(setup, one.num_examples, len(one.clients)).same_images
+        whole = not draws and scoring.knowledge(setup, one.num_examples, len(one.clients)).same_images
         most = VIEWS - 1 if whole else 1 if remembered and follows else 0
         rounds = [round for round in folder.observed_rounds() if round < one.round and folder.saw(round, one.client)]
         previous: Observation | None = None

@@ -123,8 +123,11 @@ def _finished(config: Config, path: Path) -> bool:
 
     if not (path / "config.json").exists():
         return False
-    folder = RunFolder.open(path)
-    return folder.config == config and runner.finished(folder)
+    try:
+        folder = RunFolder.open(path)
+        return folder.config == config and runner.finished(folder)
+    except Exception:  # a damaged folder; running the cell says what is wrong with it, and is that cell's failure
+        return False
 
 
 def _cell(config: Config, path: Path, command: str, *, quiet: bool) -> str | None:

@@ -276,6 +276,14 @@ def test_what_was_missed_is_not_taken_for_known(tmp_path):
     assert with_history(stateless, folder, folder.observations(3))[0].previous is None
 
 
+def test_updates_of_a_model_that_draws_are_not_held_together(tmp_path):
+    small = ["data.train_size=2", "data.test_size=16", "federation.clients=2", "federation.per_round=2", "federation.batch_size=2"]
+    tap = ["tap.every=1", "tap.clients=all", "tap.when=end", "rounds=2", "attack=idlg", "attack.evaluations=2", "defense=precode"]
+    folder = start(compose([*small, *tap, "model.bottleneck.width=4"]), tmp_path / "run", "a test")
+    assert set(folder.leaks()["attack"]) == {"idlg", "idlg_adaptive"}  # each round drew its own noise
+    assert len(folder.leaks()) == 8
+
+
 def test_a_run_attacks_as_both_and_none_has_nothing_to_know(tmp_path):
     small = ["data.train_size=64", "data.test_size=64", "federation.clients=2", "federation.per_round=2", "rounds=1"]
     attack = ["attack=cosine_lbfgs", "attack.evaluations=20", "tap.when=end"]

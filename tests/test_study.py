@@ -90,6 +90,16 @@ def test_a_defect_in_one_cell_is_that_cell_s(tiny, capsys, monkeypatch):
     assert len(list((tiny / "out").glob("*/leaks.parquet"))) == 2
 
 
+def test_a_damaged_cell_is_that_cell_s(tiny, capsys):
+    out = tiny / "out"
+    assert main(["study", "tiny", "-o", str(out)]) == 0
+    (out / "uniform_levels=16_cosine_lbfgs_seed=0" / "config.json").write_text("{")
+    (out / "none_cosine_lbfgs_seed=0" / "leaks.parquet").unlink()
+    assert main(["study", "tiny", "-o", str(out)]) == 1
+    assert "failed: uniform_levels=16_cosine_lbfgs_seed=0: JSONDecodeError" in capsys.readouterr().err
+    assert (out / "none_cosine_lbfgs_seed=0" / "leaks.parquet").exists()
+
+
 def test_cells_that_settings_do_not_tell_apart_have_folders_of_their_own(tiny):
     chosen = study.load("tiny")
     twice = replace(chosen, sweeps=[["defense=none"], ["defense=none", "rounds=2"]])
