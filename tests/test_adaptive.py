@@ -89,11 +89,10 @@ def decibels(found: list, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("defense", [TopK(0.7), UniformQuantization(16), Chain((TopK(0.7), StochasticQuantization(120)))], ids=repr)
 def test_who_knows_the_defense_sees_more(defense):
     model, seen, images, known = victims(defense)
-    attack = replace(attacks.idlg(evaluations=300), stop=attacks.Stop())
+    attack = replace(attacks.idlg(evaluations=800), stop=attacks.Stop())
     naive = decibels(attack(seen, known, model, generator(0, "attack")), images)
     knowing = decibels(attack(seen, replace(known, defense=defense), model, generator(0, "attack")), images)
-    assert int((knowing > naive).sum()) >= 7  # a search may have bad luck
-    assert knowing.mean() > naive.mean() + 0.5
+    assert bool((knowing > naive).all())
 
 
 def test_nothing_changes_for_who_knows_that_there_is_no_defense():
