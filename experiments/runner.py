@@ -232,12 +232,12 @@ def with_history(setup: Setup, folder: RunFolder, seen: Sequence[Observation]) -
     """
     tap: Tap = build_checked("tap", folder.config["tap"])
     remembered, draws = bool(setup.defense.init(seen[0].update)), bool(hidden_noises(setup.model()))
-    told = []
+    observed, told = folder.observed_rounds(), []
     for one in seen:
         follows = tap.follows(one.client)
         whole = not draws and scoring.knowledge(setup, one.num_examples, len(one.clients)).same_images
         most = VIEWS - 1 if whole else 1 if remembered and follows else 0
-        rounds = [round for round in folder.observed_rounds() if round < one.round and folder.saw(round, one.client)]
+        rounds = [round for round in observed if round < one.round and folder.saw(round, one.client)]
         previous: Observation | None = None
         for i, round in enumerate(rounds[-most:] if most else []):
             (earlier,) = folder.observations(round, one.client)

@@ -415,14 +415,13 @@ def test_only_unfitness_is_passed_over() -> None:
 
 
 def test_the_strongest_takes_the_way_that_a_network_leaves_open() -> None:
-    attack = attacks.strongest(restarts=1, evaluations=20, iterations=20, draws=50_000)
+    attack = attacks.strongest(restarts=1, evaluations=5, iterations=20, draws=50_000)  # no search gets there
 
     def winner(model: nn.Module, images: Tensor, classes: int) -> Reconstruction:
         labels = torch.randint(classes, (len(images),), generator=generator(0, "winner"))
         known = Knowledge(tuple(images.shape[1:]), classes)  # type: ignore[arg-type]
         (found,) = attack([client(model, images, labels)], known, model, generator(0, "strongest"))
-        exact = found.attack in ("analytic", "spear", "rgap")
-        assert not exact or (found.converged and worst(found, images) < 1e-6)
+        assert (worst(found, images) < 1e-6) == found.converged
         return found
 
     assert winner(small_mlp(), images_of(TINY, 1), 11).attack == "analytic"

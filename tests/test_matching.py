@@ -432,8 +432,8 @@ def test_imitating_five_local_steps_beats_taking_them_for_one_gradient() -> None
     model = Small()
     images, labels = smooth(5), torch.tensor([0, 3, 1, 4, 2])
     seen = sent(model, [(images[i : i + 1], labels[i : i + 1]) for i in range(5)], 5, lr=0.1)
-    known = replace(KNOWN, batch_size=1, local_steps=5, lr=0.1, labels=[labels])
-    one_gradient = replace(attacks.dlg(evaluations=300), init="grey", labels="given")
+    known = replace(KNOWN, batch_size=1, local_steps=5, lr=0.1)
+    one_gradient = replace(attacks.dlg(evaluations=300, restarts=3), init="grey")
     psnr = {}
     for imitate in (False, True):
         (found,) = replace(one_gradient, imitate=imitate)([seen], known, model, generator(0, "fedavg"))
