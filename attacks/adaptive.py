@@ -19,12 +19,13 @@ from attacks.generative import GenerativePrior
 from attacks.hidden_noise import hidden_noises
 from attacks.matching import GradientMatching, Plan, Problems, in_chunks
 from attacks.optimizers import Stop
-from attacks.terms import TotalVariation
-from fedsim.defense import Defense, hooks_of
+from attacks.terms import CosineGap, TotalVariation
+from fedsim.defense import Defense, State, hooks_of
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction
 from fedsim.seeding import generator
 from fedsim.training import Batch, local_update
-from fedsim.wire import pack
+from fedsim.updates import Update
+from fedsim.wire import Packets, pack, unpack
 
 WEIGHTS = (1e-3, 1e-2, 1e-1)  # of total variation: from a tie-break to images that are nearly smooth
 WARM_UP = 8  # rounds that fill a memory before a rehearsal
@@ -69,7 +70,7 @@ class Rehearsed:
             raise ValueError("an attack that rehearses needs known.defense, the clients' defense")
         seed = int(torch.randint(2**62, (), generator=rng))
         # What is left of a trained network's gradient is not what is left of an untrained one's: each round has its rehearsal.
-        kinds: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+        kinds: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, one in enumerate(seen):
             kinds[_kind(one, known)].append(i)
         stages = [self._stage([seen[i] for i in members], known, model, seed) for members in kinds.values()]
@@ -127,35 +128,65 @@ class Rehearsed:
     def _played(
         self, one: Observation, batches: Sequence[Batch], known: Knowledge, model: nn.Module, seed: int, number: int
     ) -> Observation:
-        """What a client would have sent in the place of a victim, with the first of these batches.
+        """What would have been seen in the place of a victim, with the first of these batches.
 
-        A client with a memory sent the other batches before, unless its images are always the same.
+        A client with a memory sent the other batches before, unless its images are always the same. Of a sum each client has its
+        part of the batch, and no past.
         """
         assert isinstance(known.defense, Defense)
-        plan = Plan.of(one, known, True)
-        steps = [torch.tensor(step) % plan.images for step in plan.steps]
+        if one.summed:
+            return replace(one, packets=self._played_sum(one, batches[0], known, model, seed, number), sent_buffers={})
         state = known.defense.init(one.update)
         sent: Observation | None = None
         for back, view in _history(one, remembered=bool(state)):
-            x, y = batches[0 if known.same_images else back % len(batches)]
-            with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-                torch.manual_seed(seed + number)  # for models that draw
-                trained = local_update(
-                    model,
-                    view.params,
-                    view.buffers,
-                    [(x[places], y[places]) for places in steps],
-                    lr=known.lr or 1.0,
-                    momentum=known.momentum,
-                    weight_decay=known.weight_decay,
-                    proximal=known.proximal,
-                    hooks=hooks_of(known.defense, known.num_classes, seed, view.round, number),
-                )
-            packets, state = known.defense(pack(trained.update), state, generator(seed, "rehearsal", "defense", number, back))
+            batch = batches[0 if known.same_images else back % len(batches)]
+            packets, state = self._sent(view, batch, (0, 1), state, known, model, seed, number, back)
             previous = None if view.previous is None else sent
             sent = replace(view, packets=packets, client=number, sent_buffers={}, previous=previous)
         assert sent is not None
         return sent
+
+    def _played_sum(self, one: Observation, batch: Batch, known: Knowledge, model: nn.Module, seed: int, number: int) -> Packets:
+        """The mean update of as many clients, which share the batch."""
+        assert isinstance(known.defense, Defense)
+        clients, state = len(one.summed), known.defense.init(one.update)
+        mean: Update = {}
+        for i in range(clients):
+            packets, _ = self._sent(one, batch, (i, clients), state, known, model, seed, number * clients + i, 0)
+            for name, t in unpack(packets).items():
+                mean[name] = mean.get(name, 0) + t / clients
+        return pack(mean)
+
+    def _sent(
+        self,
+        view: Observation,
+        batch: Batch,
+        part: tuple[int, int],
+        state: State,
+        known: Knowledge,
+        model: nn.Module,
+        seed: int,
+        number: int,
+        back: int,
+    ) -> tuple[Packets, State]:
+        """What one of several clients sends, that has each `part[1]`-th image of every step's batch from `part[0]` on."""
+        assert isinstance(known.defense, Defense)
+        plan, (x, y), (first, step) = Plan.of(view, known, True), batch, part
+        places = [torch.tensor(places)[first::step] % plan.images for places in plan.steps]
+        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            torch.manual_seed(seed + number)  # for models that draw
+            trained = local_update(
+                model,
+                view.params,
+                view.buffers,
+                [(x[those], y[those]) for those in places],
+                lr=known.lr or 1.0,
+                momentum=known.momentum,
+                weight_decay=known.weight_decay,
+                proximal=known.proximal,
+                hooks=hooks_of(known.defense, known.num_classes, seed, view.round, number),
+            )
+        return known.defense(pack(trained.update), state, generator(seed, "rehearsal", "defense", number, back))
 
     def _gap_of_truth(self, stage: "_Stage", known: Knowledge, model: nn.Module, attack: GradientMatching) -> float:
         if attack.noises(model):  # what the clients drew is part of the truth, and not among what is told here
@@ -183,9 +214,9 @@ class _Stage:
         return float(torch.stack(scores).mean())
 
 
-def _kind(one: Observation, known: Knowledge) -> tuple[int, int, int]:
-    """What a victim must share with another to be rehearsed with it: images, round, views."""
-    return size_of(one, known), one.round, len(views(one, known))
+def _kind(one: Observation, known: Knowledge) -> tuple[int, ...]:
+    """What a victim must share with another to be rehearsed with it: images, round, views, clients."""
+    return size_of(one, known), one.round, len(views(one, known)), len(one.clients)
 
 
 def _history(one: Observation, *, remembered: bool) -> list[tuple[int, Observation]]:
@@ -205,12 +236,13 @@ def _problems(seen: Sequence[Observation], known: Knowledge, model: nn.Module, a
     return Problems.of(seen, Plan.of(seen[0], known, attack.imitate), known, model, attack)
 
 
-def adapted(attack: Attack, model: nn.Module) -> Attack | None:
+def adapted(attack: Attack, model: nn.Module, defense: object | None = None) -> Attack | None:
     """What somebody who means to use `attack`, and comes to know of the clients' defense, does instead; None if nothing else.
 
     Gradient matching is rehearsed with total variation of several weights, and does not stop at a small gap, which a defense may
-    leave at other images too. Where the model draws at random, leaving out what stands behind the draw and looking for the draw
-    are rehearsed as well. A search among a generator's images knows the defense by `known.defense` alone.
+    leave at other images too. Where the defense hides the length of an update, a gap that does not depend on it is rehearsed as
+    well; where the model draws at random, leaving out what stands behind the draw, and looking for the draw. A search among a
+    generator's images knows the defense by `known.defense` alone.
     """
     if isinstance(attack, GenerativePrior):
         return attack
@@ -220,6 +252,8 @@ def adapted(attack: Attack, model: nn.Module) -> Attack | None:
     ways: dict[str, GradientMatching] = {"": attack}
     if hidden_noises(model):
         ways = {"before_noise ": replace(attack, matched="before_noise"), "sought ": replace(attack, noise="sought")}
+    if getattr(defense, "rescales", False) and not attack.gap.scale_free:
+        ways |= {f"cosine {way}": replace(one, gap=CosineGap()) for way, one in ways.items()}
     return Rehearsed(
         {
             f"{way}tv={weight:g}": replace(changed, priors=(*others, TotalVariation(weight)), stop=Stop())

@@ -46,12 +46,12 @@ def step_length(known: Knowledge) -> float:
 
 
 def believed(seen: Observation, known: Knowledge, *, scale: float = 1.0) -> Beliefs:
-    """What an attacker who knows `known.defense` can say of the update, divided by `scale`.
+    """What an attacker who knows `known.defense` can say of the update, divided by `scale`. A sum of updates is what it is.
 
     An entry that was sent and is known to lie in a cell has the weight here that its value can be trusted with beside the others':
     one on a coarse lattice less. Where there is no cell, the defense's own weight stands.
     """
-    beliefs = beliefs_of(seen.packets, known.defense, seen.before)
+    beliefs = beliefs_of(seen.packets, None if seen.summed else known.defense, seen.before)
     cells = {name: (b.high - b.low).isfinite() & seen.packets[name].sent() for name, b in beliefs.items()}
     squares = {name: torch.where(cells[name], b.high - b.low, 0.0).square() for name, b in beliefs.items()}
     coarse = sum(int((t > 0).sum()) for t in squares.values())

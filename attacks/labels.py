@@ -4,13 +4,14 @@ The gradient of the mean cross-entropy with respect to the last bias is mean(p -
 labels. An entry is negative only where a label is, so the batch's labels stand in it almost in the clear (Zhao et al. 2020).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from attacks.evidence import fed_to_linear, gradient_of
+from attacks.evidence import believed, fed_to_linear, gradient_of, step_length
+from fedsim.defense import Explained
 from fedsim.observation import Knowledge, Observation
 
 
@@ -25,11 +26,32 @@ def analytic_labels(update: Mapping[str, Tensor], num_classes: int, batch_size: 
     counts at least once, for that is certain; the remaining places go one by one to the class that most exceeds its count.
     Good while predictions depend little on the image: for untrained models.
     """
-    signal = _class_signal(update, num_classes).double()
+    return _counted(_class_signal(update, num_classes), batch_size, predicted)
+
+
+def labels_behind(seen: Sequence[Observation], known: Knowledge, model: nn.Module, batch_size: int) -> Tensor:
+    """(B,) int64, the labels of B images, in ascending order, given updates of them: as `analytic_labels` from the mean update.
+
+    Somebody who knows a defense that leaves the head's bias without bounds, by noise or by leaving it out, asks the whole head: its
+    gradient is about mean(p - y) times the features, which are about those of any image, and is solved for the former by least
+    squares over all entries that tell of it. One number a class is then estimated from hundreds.
+    """
+    noise = torch.rand((32, *known.image_shape), generator=torch.Generator().manual_seed(0))
+    _, logits = fed_to_linear(model, seen[-1].params, seen[-1].buffers, noise.to(_device(seen[-1])))
+    signals = []
+    for view in seen:
+        pooled = _pooled_signal(view, known, model) if isinstance(known.defense, Explained) else None
+        signals.append(_class_signal(gradient_of(view, known), known.num_classes) if pooled is None else pooled)
+    return _counted(torch.stack(signals).mean(0), batch_size, logits.softmax(-1).mean(0))
+
+
+def _counted(signal: Tensor, batch_size: int, predicted: Tensor | None) -> Tensor:
+    """(B,) labels that leave this mean(p - y), (K,)."""
+    signal = signal.double()
     if batch_size == 1:
         return signal.argmin().reshape(1)
     if predicted is None:
-        predicted = torch.full_like(signal, 1 / num_classes)
+        predicted = torch.full_like(signal, 1 / len(signal))
     expected = batch_size * (predicted.double() - signal)
     certain = (signal < 0).nonzero().squeeze(1)
     counts = torch.zeros_like(signal)
@@ -84,6 +106,26 @@ def labels_at(seen: Observation, known: Knowledge, model: nn.Module, images: Ten
     return hard, one_hot(hard, k).to(logits.dtype)
 
 
+def _pooled_signal(seen: Observation, known: Knowledge, model: nn.Module) -> Tensor | None:
+    """(K,) mean(p - y) from all of the head that was sent; None where its bias says it, or the model has no such head."""
+    told = believed(seen, known, scale=step_length(known))
+    images = torch.rand((64, *known.image_shape), generator=torch.Generator().manual_seed(0))
+    if known.public is not None:
+        images, _ = known.public.batch(torch.arange(min(64, len(known.public))))
+    fed, _ = fed_to_linear(model, seen.params, seen.buffers, images.to(_device(seen)))
+    heads = [name for name, h in fed.items() if f"{name}.weight" in told and len(told[f"{name}.weight"].value) == known.num_classes]
+    if not heads or f"{heads[-1]}.bias" not in told:
+        return None
+    weight, bias = (told[f"{heads[-1]}.{part}"] for part in ("weight", "bias"))
+    if bool((seen.packets[f"{heads[-1]}.bias"].sent() & (bias.high - bias.low).isfinite()).all()):
+        return None
+    features = fed[heads[-1]].mean(0)
+    features = torch.cat([features, torch.ones_like(features[:1])]).double()
+    values, weights = (torch.cat([getattr(weight, part), getattr(bias, part)[:, None]], 1).double() for part in ("value", "weight"))
+    weights = weights if weights.any() else torch.ones_like(weights)  # signs bound each entry, and their values are all there is
+    return (weights * values) @ features / (weights @ features.square()).clamp(min=1e-12)
+
+
 def _class_signal(update: Mapping[str, Tensor], num_classes: int) -> Tensor:
     """(K,) mean(p - y), from the head's bias: the last tensor of shape (K,).
 
@@ -101,3 +143,7 @@ def _class_signal(update: Mapping[str, Tensor], num_classes: int) -> Tensor:
         return rows * (1 - 1 / num_classes) / negative if negative > 0 else rows
     shapes = [tuple(t.shape) for t in update.values()]
     raise ValueError(f"no tensor of the update belongs to a head of {num_classes} classes: their shapes are {shapes}")
+
+
+def _device(seen: Observation) -> torch.device:
+    return next(iter(seen.params.values())).device

@@ -25,7 +25,7 @@ from attacks.batching import alike, streams
 from attacks.evidence import believed, completed, gradient_of, size_of, step_length, views
 from attacks.factored import gradients_of
 from attacks.hidden_noise import as_buffers, hidden_noises, in_front_of_noise, sampled
-from attacks.labels import analytic_labels
+from attacks.labels import labels_behind
 from attacks.lanes import WIDTH, innermost, lanes, library
 from attacks.metrics import match
 from attacks.optimizers import LBFGS, Minima, Optimizer, Stop, minimise
@@ -230,9 +230,7 @@ class GradientMatching:
     def labels_of(self, one: Observation, index: int, plan: "Plan", known: Knowledge, model: nn.Module) -> Tensor:
         """(n,) the labels of a victim's images."""
         if self.labels == "analytic":
-            each = [gradient_of(view, known) for view in views(one, known)]
-            mean = {name: sum((g[name] for g in each[1:]), first) / len(each) for name, first in each[0].items()}
-            return analytic_labels(mean, known.num_classes, plan.images, _predicted(one, known, model))
+            return labels_behind(views(one, known), known, model, plan.images)
         if known.labels is None:
             raise ValueError('labels="given" needs known.labels; use "analytic" or "joint" for an attacker who is not told')
         return known.labels[index].to(next(iter(one.params.values())).device)
@@ -722,14 +720,3 @@ def _cores() -> int:
 
 def in_chunks(compute: Callable[[Tensor, Tensor], Tensor], points: Tensor, problems: Tensor, chunk: int) -> Tensor:
     return torch.cat([compute(p, v) for p, v in zip(points.split(chunk), problems.split(chunk), strict=True)])
-
-
-@torch.no_grad()
-def _predicted(one: Observation, known: Knowledge, model: nn.Module) -> Tensor:
-    """(K,) what the model answers to noise, on average: about what an untrained one answers to anything."""
-    device = next(iter(one.params.values())).device
-    noise = torch.rand((32, *known.image_shape), generator=torch.Generator().manual_seed(0)).to(device)
-    buffers = {name: t.clone() for name, t in one.buffers.items()}
-    output = functional_call(model, {**one.params, **buffers}, (noise,))
-    logits = output[0] if isinstance(output, tuple) else output
-    return logits.softmax(-1).mean(0)

@@ -119,6 +119,11 @@ class Chain:
     def mixes(self) -> bool:
         return any(getattr(part, "mixes", False) for part in self.parts)
 
+    @property
+    def rescales(self) -> bool:
+        """Whether the update that was sent says nothing of the length of the client's own."""
+        return any(getattr(part, "rescales", False) for part in self.parts)
+
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
         told = dict(beliefs)
         for part in reversed(self.parts):
@@ -176,6 +181,10 @@ class ErrorFeedback:
     @property
     def mixes(self) -> bool:
         return Chain((self.inner,)).mixes
+
+    @property
+    def rescales(self) -> bool:
+        return Chain((self.inner,)).rescales
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
         """No bounds: what `inner` leaves possible is said of the update plus the residual, which a message does not tell apart."""

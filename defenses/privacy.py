@@ -34,6 +34,8 @@ class Clip:
 
     clip: float
 
+    rescales: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         number("clip", self.clip, 0, above=True)
 
@@ -126,6 +128,7 @@ class DPFedAvg:
     delta: float = 1e-5
 
     unit: ClassVar[str] = "client"
+    rescales: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checked(self)
@@ -174,6 +177,7 @@ class DPSGD(Untouched):
     delta: float = 1e-5
 
     unit: ClassVar[str] = "example"
+    rescales: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checked(self)

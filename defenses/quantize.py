@@ -7,6 +7,7 @@ moved the entries; then there are no bounds.
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -212,6 +213,8 @@ class SignSGD(TensorByTensor):
     """
 
     scaled: bool = True
+
+    rescales: ClassVar[bool] = True
 
     def send(self, packet: Packet, rng: torch.Generator) -> Packet:
         scale = 1.0

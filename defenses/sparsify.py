@@ -6,6 +6,7 @@ What was not sent is known to be no larger than what was, if the largest are sen
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -212,6 +213,8 @@ class DeepGradientCompression:
     momentum: float = 0.9
     clip: float | None = None
     warmup: int = 4
+
+    rescales: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         number("ratio", self.ratio, 0, 1, above=True)

@@ -97,8 +97,9 @@ def _proved(setup: Setup, batch_norm: bool) -> list[tuple[str, str]]:
 
 
 def defended(setup: Setup) -> bool:
-    """Whether there is a defense to know of: of updates, or in the model."""
-    return setup.config["choices"]["defense"] != "none" or bool(hidden_noises(setup.model()))
+    """Whether there is a defense to know of: of updates, in the model, or in how they are added up."""
+    summed = isinstance(setup.aggregation, Secure)
+    return summed or setup.config["choices"]["defense"] != "none" or bool(hidden_noises(setup.model()))
 
 
 def _told(attackers: Sequence[bool]) -> str:
@@ -162,8 +163,7 @@ def obstacles(setup: Setup, attack: Any) -> list[tuple[str, str]]:
 
 def _crowded(setup: Setup, server: servers.Imprint) -> list[tuple[str, str]]:
     found = []
-    steps, shard = _steps(setup), max(map(len, setup.shards))
-    images = _summed(setup) * min(shard, steps * setup.protocol.batch_size)
+    steps, images = _steps(setup), images_behind(setup)
     alone = (1 - 1 / server.bins) ** (images - 1)
     if alone < 0.5:
         found.append(
@@ -183,6 +183,11 @@ def _span_obstacles(setup: Setup, batch: int) -> list[tuple[str, str]]:
         return []
     grade = "hopeless" if tokens >= width - 1 else "weak"
     return [(grade, f"{tokens} tokens fill most of the {width} dimensions of their span; federation.batch_size=1, or model.width")]
+
+
+def images_behind(setup: Setup) -> int:
+    """How many images are in what an attacker can read, at most."""
+    return _summed(setup) * min(max(map(len, setup.shards)), _steps(setup) * setup.protocol.batch_size)
 
 
 def _summed(setup: Setup) -> int:

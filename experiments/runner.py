@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from attacks import GradientMatching, adapted
+from attacks import GradientMatching, Rehearsed, adapted
 from attacks.hidden_noise import hidden_noises
 from experiments import scoring
-from experiments.card import GUESS, card, defended, guarantee_of, obstacles
+from experiments.card import GUESS, card, defended, guarantee_of, images_behind, obstacles
 from experiments.config import Config, ConfigError, build_checked, contender, label
 from experiments.progress import Progress, console
 from fedsim import federation
@@ -26,7 +26,6 @@ from fedsim.data import Corpus, check, image_shape
 from fedsim.federation import Checkpoint, Round
 from fedsim.observation import Observation
 from fedsim.run import RunFolder
-from fedsim.secure_aggregation import Secure
 from fedsim.secure_rounds import check_averages
 from fedsim.seeding import generator
 from fedsim.setup import Setup, device_of, one_thread, setup_of
@@ -102,12 +101,16 @@ def attackers(setup: Setup, attack: Any, name: str, who: str) -> list[Attacker]:
     if isinstance(attack, GradientMatching) and attack.looks_behind_noise:
         return [Attacker(name, attack, adaptive=True)]
     naive = Attacker(name, attack)
-    alone = who == "naive" or (who == "both" and not defended(setup))
-    if alone or isinstance(setup.aggregation, Secure) or isinstance(setup.dataset, Corpus):
+    if who == "naive" or (who == "both" and not defended(setup)) or isinstance(setup.dataset, Corpus):
         return [naive]
-    other = adapted(attack, setup.model())
+    other = adapted(attack, setup.model(), setup.defense)
     if other is None:
         return [naive]
+    if isinstance(other, Rehearsed) and (images := images_behind(setup)) > len(setup.dataset.test):
+        raise ValueError(
+            f"an attacker who knows the defense rehearses on as many test images as are in an update, {images}, and there are "
+            f"{len(setup.dataset.test)}: raise data.test_size, or take attacker=naive"
+        )
     knowing = Attacker(name + scoring.ADAPTIVE, other, adaptive=True)
     return [knowing] if who == "adaptive" else [naive, knowing]
 
@@ -155,7 +158,13 @@ def _unattacked(folder: RunFolder, attacker: Attacker) -> list[int]:
         return []
     leaks = folder.leaks()
     done = set(leaks.loc[leaks["attack"] == attacker.name, "round"]) if len(leaks) else set()
-    return [round for round in folder.observed_rounds() if round not in done]
+    left = [round for round in folder.observed_rounds() if round not in done]
+    return [round for round in left if _victims(attacker, folder.observations(round))]
+
+
+def _victims(attacker: Attacker, seen: Sequence[Observation]) -> list[Observation]:
+    """Whom an attacker turns to: not to what is masked, if it knows that it is."""
+    return [one for one in seen if not (attacker.adaptive and one.masked)]
 
 
 def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
@@ -210,7 +219,9 @@ def attack_again(folder: RunFolder, attack: Any, name: str, who: str = "naive") 
 
 
 def _attack(setup: Setup, folder: RunFolder, attacker: Attacker, seen: Sequence[Observation], progress: Progress) -> list[str]:
-    name, began = attacker.name, time.perf_counter()
+    name, began, seen = attacker.name, time.perf_counter(), _victims(attacker, seen)
+    if not seen:
+        return []
     if attacker.adaptive:
         seen = with_history(setup, folder, seen)
     chance = generator(setup.seed, "attack")

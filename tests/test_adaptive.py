@@ -9,12 +9,17 @@ from torch import Tensor
 import attacks
 from attacks import Rehearsed, adapted, metrics
 from attacks.evidence import believed, completed, views
+from attacks.labels import labels_behind
+from attacks.terms import CosineGap
 from defenses import (
     DPSGD,
     Chain,
+    Clip,
+    DPFedAvg,
     ErrorFeedback,
     GaussianNoise,
     NoDefense,
+    RandomK,
     SignSGD,
     Soteria,
     StochasticQuantization,
@@ -161,6 +166,58 @@ def test_what_a_defense_says_of_its_zeros_stands():
     packets, _ = SignSGD()(pack(update), {}, generator(0, "defense"))
     signs = believed(Observation(params, packets, 1), replace(known, defense=SignSGD()))
     assert not any(b.weight.any() for b in signs.values())
+
+
+@pytest.mark.parametrize("defense", [RandomK(0.1), GaussianNoise(variance=1.0)], ids=repr)
+def test_labels_that_the_bias_does_not_tell_are_read_off_the_whole_head(defense):
+    model, seen, _, known = victims(defense, 24)
+    truth = DATA.train.labels[:24]
+    naive, knowing = (
+        torch.cat([labels_behind([one], who, model, 1) for one in seen]) for who in (known, replace(known, defense=defense))
+    )
+    assert int((naive == truth).sum()) < 12
+    assert int((knowing == truth).sum()) >= 22
+
+
+def test_labels_of_a_batch_are_counted_through_what_was_left_out():
+    defense, (images, labels) = RandomK(0.1), DATA.train.batch(torch.arange(16))
+    model = lenet(DATA.image_shape, 10, rng=generator(0, "network"))
+    params, buffers = split(model)
+    packets, _ = defense(pack(local_update(model, params, buffers, [(images, labels)], lr=1.0).update), {}, generator(0, "k"))
+    seen, known = Observation(params, packets, 16), Knowledge(DATA.image_shape, 10, lr=1.0, local_steps=1)
+    found = labels_behind([seen], replace(known, defense=defense), model, 16)
+    assert (
+        int((torch.bincount(found, minlength=10) - torch.bincount(labels, minlength=10)).abs().sum()) <= 2
+    )  # one is taken for another
+    assert torch.equal(found, found.sort().values)
+    exact = Observation(params, pack(local_update(model, params, buffers, [(images, labels)], lr=1.0).update), 16)
+    told = replace(known, defense=NoDefense())  # the bias is all that is asked where it is known
+    assert torch.equal(labels_behind([exact], told, model, 16), labels_behind([exact], known, model, 16))
+
+
+def test_a_length_that_a_defense_hides_is_rehearsed_without():
+    model = lenet(DATA.image_shape, 10, rng=generator(0, "network"))
+
+    def cosines(defense: Defense, attack: attacks.GradientMatching = attacks.idlg()) -> int:
+        rehearsed = adapted(attack, model, defense)
+        assert isinstance(rehearsed, Rehearsed)
+        return sum(isinstance(one.gap, CosineGap) for one in rehearsed.variants.values())
+
+    hiding = Clip(1.0), DPSGD(1.0, 0.1), DPFedAvg(1.0, 0.1), SignSGD(), ErrorFeedback(Chain((Clip(1.0), TopK(0.5))))
+    assert [cosines(defense) for defense in hiding] == [3] * 5
+    assert [cosines(defense) for defense in (NoDefense(), UniformQuantization(16), Chain((TopK(0.5),)))] == [0] * 3
+    assert cosines(Clip(1.0), attacks.cosine_lbfgs()) == len(adapted(attacks.cosine_lbfgs(), model, NoDefense()).variants)
+
+
+def test_clipping_stops_nobody_who_knows_of_it():
+    defense = Clip(0.1)  # of gradients about 50 times as long
+    model, seen, images, known = victims(defense, 4)
+    attack = attacks.idlg(evaluations=300)
+    naive = decibels(attack(seen, known, model, generator(0, "attack")), images)
+    made = adapted(attack, model, defense)(seen, replace(known, defense=defense), model, generator(0, "attack"))
+    assert all(one.attack.startswith("cosine ") for one in made)
+    assert float(naive.max()) < 15
+    assert float(decibels(made, images).min()) > 20
 
 
 def test_the_finer_of_two_lattices_is_trusted_more():

@@ -1,6 +1,7 @@
 """Secure aggregation in a federation: what it learns is what it would have learned, and what travels is masked."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,14 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from worlds import FEDAVG, FEDSGD, FLOWER, NORMED, TOPK_EF, History, assert_same, config, federate, nobody
 
+import attacks
+from attacks import Rehearsed, adapted
+from attacks.evidence import believed
 from experiments import scoring
 from experiments.card import card, obstacles
 from experiments.config import compose, contender
 from experiments.plots import summary
-from experiments.runner import attack_of, check_config, start
+from experiments.runner import attack_of, check_config, finished, start
 from fedsim import secure_rounds
 from fedsim.engines.inline import Inline, InlineGrid
 from fedsim.errors import FederationError
@@ -22,6 +26,7 @@ from fedsim.secure_aggregation import SEALED
 from fedsim.setup import setup_of
 from fedsim.tap import Tap
 from fedsim.updates import norm, relative_error
+from fedsim.wire import pack, unpack
 
 SECURE = {"_target_": "fedsim.secure_aggregation.Secure"}
 SEEDED = SECURE | {"seeded": True}
@@ -302,6 +307,33 @@ def test_the_attacker_of_a_sum_of_local_training_takes_it_for_one_client_with_la
     known = scoring.knowledge(setup, 3 * 13, 3)
     # 13 images in batches of 5 are 3 steps, twice; three clients take them side by side.
     assert (known.batch_size, known.local_steps) == (15, 6)
+
+
+def test_a_sum_is_rehearsed_as_one_of_as_many_clients():
+    made = config(federation=ALL_SEVEN, aggregation=SECURE, defense={"_target_": "defenses.Clip", "clip": 0.5})
+    setup = setup_of(made)
+    total = federate(made, rounds=1).seen[-1]
+    known = replace(scoring.knowledge(setup, total.num_examples, 7), defense=setup.defense)
+    rehearsed = adapted(attacks.idlg(evaluations=5), setup.model(), setup.defense)
+    assert isinstance(rehearsed, Rehearsed)
+    x, y = setup.dataset.test.batch(torch.arange(14))
+    played = rehearsed._played(total, [(x, y)], known, setup.model(), 0, 0)
+    each = [setup.protocol.train(setup.model(), total.params, {}, [(x[i::7], y[i::7])]).update for i in range(7)]
+    clipped = [unpack(setup.defense(pack(update), {}, torch.Generator())[0]) for update in each]
+    mean = {name: sum(one[name] for one in clipped) / 7 for name in total.update}
+    assert relative_error(played.update, mean) < 1e-5
+    assert all(torch.equal(b.low, b.high) for b in believed(total, known).values())  # what clipping leaves possible is said of one
+
+
+def test_who_knows_of_the_masks_attacks_the_sum_alone(tmp_path):
+    more = ["aggregation=secure", "attack=idlg", "attack.evaluations=5", "rounds=1", "tap.clients=all", "tap.rounds=[1]"]
+    folder = start(compose([*SMALL, *more, "tap.every=null", "defense=clip"]), tmp_path / "run", "a test")
+    leaks = folder.leaks()
+    assert set(leaks.loc[leaks["attacker"] == "naive", "seen"]) == {"masked update", "sum of 4"}
+    assert set(leaks.loc[leaks["attacker"] == "adaptive", "seen"]) == {"sum of 4"}
+    assert finished(folder)
+    with pytest.raises(ValueError, match=r"rehearses on as many test images as are in an update, 12, and there are 10: raise data"):
+        start(compose([*SMALL, *more, "federation.batch_size=3"]), tmp_path / "few", "a test")
 
 
 @pytest.fixture(scope="module")
