@@ -240,8 +240,8 @@ def adapted(attack: Attack, model: nn.Module, defense: object | None = None) -> 
     """What somebody who means to use `attack`, and comes to know of the clients' defense, does instead; None if nothing else.
 
     Gradient matching is rehearsed with total variation of several weights, and does not stop at a small gap, which a defense may
-    leave at other images too. Where the defense hides the length of an update, a gap that does not depend on it is rehearsed as
-    well; where the model draws at random, leaving out what stands behind the draw, and looking for the draw. A search among a
+    leave at other images too. Where the defense hides the length of an update, a gap that ignores it is rehearsed as well, from
+    grey; where the model draws at random, leaving out what stands behind the draw, and looking for the draw. A search among a
     generator's images knows the defense by `known.defense` alone.
     """
     if isinstance(attack, GenerativePrior):
@@ -253,7 +253,9 @@ def adapted(attack: Attack, model: nn.Module, defense: object | None = None) -> 
     if hidden_noises(model):
         ways = {"before_noise ": replace(attack, matched="before_noise"), "sought ": replace(attack, noise="sought")}
     if getattr(defense, "rescales", False) and not attack.gap.scale_free:
-        ways |= {f"cosine {way}": replace(one, gap=CosineGap()) for way, one in ways.items()}
+        # Random noise is a start that a gap of directions does not get away from.
+        init = "grey" if attack.init == "normal" else attack.init
+        ways |= {f"cosine {way}": replace(one, gap=CosineGap(), init=init) for way, one in ways.items()}
     return Rehearsed(
         {
             f"{way}tv={weight:g}": replace(changed, priors=(*others, TotalVariation(weight)), stop=Stop())

@@ -3,11 +3,12 @@
     python benchmarks/federation.py --quick
     python benchmarks/federation.py --case mcmahan-fedsgd --rounds 9
 
-Four ways do the same work on the same synthetic images from the same seed:
+Five ways do the same work on the same synthetic images from the same seed:
 
     bare torch          clients one after the other in a plain loop: autograd, torch.optim.SGD, a weighted mean of weights
     inline, 1 worker    fedsim in one process, clients one after the other
     inline, N workers   the same with a thread for each core
+    vectorized          the same with all clients as one program, in chunks shared among the threads
     Ray                 the same two apps on Flower's Ray simulation, a worker process for each core
 
 They hold the same model, take the same batches in the same order, and compute on one thread for each worker; there is no
@@ -53,7 +54,7 @@ from fedsim.setup import Config, Setup, one_thread, setup_of  # noqa: E402
 
 SEED = 0
 CORES = os.cpu_count() or 1
-BARE, ONE, ALL, RAY = "bare torch", "inline, 1 worker", f"inline, {CORES} workers", "Ray"
+BARE, ONE, ALL, TOGETHER, RAY = "bare torch", "inline, 1 worker", f"inline, {CORES} workers", "vectorized", "Ray"
 TOLERANCE = 1e-5
 IMAGES = 500  # of each client in a local epoch
 QUICK_IMAGES = 100
@@ -157,7 +158,7 @@ def _run(way: str, config: Config, rounds: int, report: Report) -> None:
 
         federated(Ray(), config, rounds, report)
     else:
-        federated(Inline(1 if way == ONE else CORES), config, rounds, report)
+        federated(Inline(1 if way == ONE else CORES, vectorized=way == TOGETHER), config, rounds, report)
 
 
 def _serve(pipe: Connection, way: str, config: Config, rounds: int) -> None:
@@ -303,7 +304,7 @@ def main() -> None:
     parser.add_argument("--no-ray", action="store_true", help="leave Ray out; it is, too, where it is not installed")
     arguments = parser.parse_args()
     rounds = arguments.rounds or (3 if arguments.quick else 9)
-    ways = [BARE, ONE] + [ALL] * (CORES > 1)
+    ways = [BARE, ONE] + [ALL] * (CORES > 1) + [TOGETHER]
     if not arguments.no_ray and importlib.util.find_spec("ray"):
         ways.append(RAY)
     print(context(ways))

@@ -8,7 +8,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fedsim.defense import BatchDefense, Belief, Beliefs, Defense, Explained, Exposure, GradientDefense, Guarantee, Private, State
+from fedsim.defense import (
+    BatchDefense,
+    Belief,
+    Beliefs,
+    Defense,
+    Explained,
+    Exposure,
+    GradientDefense,
+    Guarantee,
+    Private,
+    State,
+    replaces_gradient,
+)
 from fedsim.training import Batch, batch_gradients
 from fedsim.updates import Update
 from fedsim.wire import Packet, Packets, pack, unpack
@@ -212,12 +224,6 @@ class ErrorFeedback:
     def _of_sum(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
         """What is told of the update plus the residual."""
         return self.inner.explain(packets, beliefs) if isinstance(self.inner, Explained) else dict(beliefs)
-
-
-def replaces_gradient(defense: object) -> bool:
-    """Whether a defense, or one that it is made of, computes another gradient than the batch's."""
-    inner = (*getattr(defense, "parts", ()), *([defense.inner] if isinstance(defense, ErrorFeedback) else []))
-    return any(map(replaces_gradient, inner)) if inner else isinstance(defense, GradientDefense)
 
 
 def _acts_in_training(defense: object) -> bool:

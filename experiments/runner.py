@@ -22,7 +22,9 @@ from experiments.config import Config, ConfigError, build_checked, contender, la
 from experiments.progress import Progress, console
 from fedsim import federation
 from fedsim.accounting import reconstruction_bound
+from fedsim.cohort import cohort_of
 from fedsim.data import Corpus, check, image_shape
+from fedsim.engines.inline import Inline
 from fedsim.federation import Checkpoint, Round
 from fedsim.observation import Observation
 from fedsim.run import RunFolder
@@ -274,6 +276,9 @@ def show_card(setup: Setup, config: Config) -> None:
     told = [one.adaptive for one in _attackers(setup, config)]
     for what, known in card(setup, tap, config["choices"]["attack"], label(config), told):
         console.print(f"  {what:14s} {known}", style="dim")
+    engine = build_checked("engine", config["engine"])
+    if isinstance(engine, Inline):
+        console.print(f"  {'clients train':14s} {cohort_of(setup, engine.vectorized)[1]}", style="dim")
     if attack is not None:
         for grade, why in obstacles(setup, attack):
             console.print(f"  {grade + ' attack':16s} {why}", style="yellow")

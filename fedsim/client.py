@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,15 +23,21 @@ from fedsim.secure_aggregation import Secure
 from fedsim.secure_rounds import answer_steps, masked_reply, shares_in
 from fedsim.seeding import generator, global_stream, seed_of
 from fedsim.setup import Config, Setup, model_of, one_thread, setup_of
-from fedsim.training import evaluate
+from fedsim.training import Trained, evaluate
 from fedsim.updates import Update
 from fedsim.wire import pack
 
 log = logging.getLogger(__name__)
 
 
-def client_app(config: Config, memory: str | None = None) -> ClientApp:
-    """The Flower ClientApp of a run. `memory` is a folder for the states of defenses that have any."""
+def client_app(
+    config: Config, memory: str | None = None, ready: Callable[[int, int], Trained | None] = lambda round, client: None
+) -> ClientApp:
+    """The Flower ClientApp of a run.
+
+    memory  a folder for the states of defenses that have any
+    ready   what a client has trained in a round already, if it was trained along with others
+    """
     app = ClientApp()
 
     @app.query()
@@ -58,15 +64,16 @@ def client_app(config: Config, memory: str | None = None) -> ClientApp:
             found = setup.inspection(model, params, buffers, images, labels) if setup.inspection.action != "off" else []
         if found:
             _tell(memory, client, round, setup.inspection, found)
-        with chance_seeded(model, images, seed_of(setup.seed, "dropout", round, client)):
-            trained = setup.protocol.train(
-                model,
-                params,
-                buffers,
-                (setup.batch(i) for i in index),
-                proximal=float(order.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
-                hooks=hooks_of(setup.defense, setup.dataset.num_classes, setup.seed, round, client),
-            )
+        if (trained := ready(round, client)) is None:
+            with chance_seeded(model, images, seed_of(setup.seed, "dropout", round, client)):
+                trained = setup.protocol.train(
+                    model,
+                    params,
+                    buffers,
+                    (setup.batch(i) for i in index),
+                    proximal=float(order.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
+                    hooks=hooks_of(setup.defense, setup.dataset.num_classes, setup.seed, round, client),
+                )
         packets, state = setup.defense(
             pack(trained.update),
             _recall(memory, client, round, setup, trained.update),
@@ -76,7 +83,7 @@ def client_app(config: Config, memory: str | None = None) -> ClientApp:
         if secure:
             return Message(masked_reply(context, setup, shares, packets, trained, buffers), reply_to=message)
         examples = len(torch.cat(index).unique())
-        return Message(reply_of(packets, trained.buffers, examples, trained.loss, client), reply_to=message)
+        return Message(reply_of(packets, trained.buffers, examples, float(trained.loss), client), reply_to=message)
 
     @app.evaluate()
     def evaluate_on_shard(message: Message, context: Context) -> Message:

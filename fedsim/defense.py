@@ -61,13 +61,21 @@ class GradientDefense(Protocol):
         ...
 
 
+def replaces_gradient(defense: object) -> bool:
+    """Whether a defense, or one that it is made of, computes another gradient than the batch's."""
+    if not isinstance(defense, GradientDefense):
+        return False
+    parts = (*getattr(defense, "parts", ()), *([defense.inner] if hasattr(defense, "inner") else []))
+    return any(map(replaces_gradient, parts)) if parts else True
+
+
 def hooks_of(defense: object, classes: int, seed: int, round: int, client: int) -> Hooks:
     """What `defense` changes of a client's local training in a round, with streams of its own."""
     batch = gradients = None
     if isinstance(defense, BatchDefense):
         batch_rng = generator(seed, "defense", round, client, "batch")
         batch = lambda images, labels: defense.batch(images, labels, classes, batch_rng)  # noqa: E731
-    if isinstance(defense, GradientDefense):
+    if isinstance(defense, GradientDefense) and replaces_gradient(defense):
         gradient_rng = generator(seed, "defense", round, client, "gradients")
         gradients = lambda model, params, buffers, images, labels, step: defense.gradients(  # noqa: E731
             model, params, buffers, images, labels, step, gradient_rng

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from fedsim.checks import whole
 from fedsim.client import client_app
+from fedsim.cohort import cohort_of
+from fedsim.engines.inline import Inline
 from fedsim.observation import Observation
 from fedsim.records import arrays_of, tensors_of
 from fedsim.secure_aggregation import Secure
@@ -104,7 +106,12 @@ def run(
 ) -> None:
     """Runs `rounds` rounds on `engine`, those of `start` counted in. `finished` is called once after each, and before the first."""
     server = server_app(setup, rounds, choose, listen, finished, start, evaluation or Evaluation())
-    engine.run(server, client_app(setup.config, None if memory is None else str(memory)), setup.protocol.clients, str(setup.device))
+    folder, clients, device = None if memory is None else str(memory), setup.protocol.clients, str(setup.device)
+    cohort, _ = cohort_of(setup, engine.vectorized, engine.chunk) if isinstance(engine, Inline) else (None, "")
+    if isinstance(engine, Inline) and cohort is not None:
+        engine.run(server, client_app(setup.config, folder, cohort.take), clients, device, cohort.train)
+    else:
+        engine.run(server, client_app(setup.config, folder), clients, device)
 
 
 def server_app(

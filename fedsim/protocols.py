@@ -5,7 +5,7 @@ FedSGD sends the gradient of one batch and lets the server take the step; FedAvg
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol as TypingProtocol
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedsim.checks import number, whole
 from fedsim.data.batches import batch_of, batches_of
-from fedsim.training import Batch, Hooks, Trained, local_update
+from fedsim.training import Batch, Hooks, Trained, batch_loss, local_update
 
 
 class Protocol(TypingProtocol):
@@ -49,8 +49,9 @@ class Protocol(TypingProtocol):
         batches: Iterable[Batch],
         proximal: float = 0.0,
         hooks: Hooks = Hooks(),
+        loss_of_batch: Callable[..., Tensor] = batch_loss,
     ) -> Trained:
-        """The client's update; `hooks` are what its defense changes of training."""
+        """The client's update; `hooks` are what its defense changes of training. With `stacked_loss`, those of many clients."""
         ...
 
 
@@ -97,8 +98,9 @@ class FedSGD:
         batches: Iterable[Batch],
         proximal: float = 0.0,
         hooks: Hooks = Hooks(),
+        loss_of_batch: Callable[..., Tensor] = batch_loss,
     ) -> Trained:
-        return local_update(model, params, buffers, batches, lr=1.0, proximal=proximal, hooks=hooks)
+        return local_update(model, params, buffers, batches, lr=1.0, proximal=proximal, loss_of_batch=loss_of_batch, hooks=hooks)
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ class FedAvg:
         batches: Iterable[Batch],
         proximal: float = 0.0,
         hooks: Hooks = Hooks(),
+        loss_of_batch: Callable[..., Tensor] = batch_loss,
     ) -> Trained:
         return local_update(
             model,
@@ -161,5 +164,6 @@ class FedAvg:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             proximal=proximal,
+            loss_of_batch=loss_of_batch,
             hooks=hooks,
         )

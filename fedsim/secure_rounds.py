@@ -152,7 +152,7 @@ def masked_reply(
     examples = {one.client: one.examples for one in secrets.adverts}
     weight = examples[secrets.client] / sum(examples.values())
     moved = {name: t.double() - broadcast[name].double() for name, t in trained.buffers.items()}
-    values = flattened(unpack(packets), moved, trained.loss)
+    values = flattened(unpack(packets), moved, float(trained.loss))
     if clipped := int((np.abs(values) > aggregation.clip).sum()):
         log.warning(
             "client %d: %d of %d entries exceed aggregation.clip=%g", secrets.client, clipped, len(values), aggregation.clip

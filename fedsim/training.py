@@ -76,15 +76,16 @@ def stacked_loss(
     *,
     penalty: bool = True,
 ) -> Tensor:
-    """The sum of P losses, as `batch_loss`, of P batches at parameters of their own: every argument begins with P.
+    """The P losses, as `batch_loss`, of P batches at parameters of their own: every argument begins with P.
 
-    They share nothing, so its gradient holds each one's own. One alone needs no vmap, which would make grouped convolutions.
+    They share nothing, so the gradient of their sum holds each one's own. One alone needs no vmap, which would make grouped
+    convolutions.
     """
     loss = partial(batch_loss, model, penalty=penalty)
     if len(images) == 1:
         alone, theirs = ({name: t[0] for name, t in part.items()} for part in (params, buffers))
-        return loss(alone, theirs, images[0], labels[0])
-    return vmap(loss, randomness="different")(params, buffers, images, labels).sum()
+        return loss(alone, theirs, images[0], labels[0])[None]
+    return vmap(loss, randomness="different")(params, buffers, images, labels)
 
 
 def batch_gradients(
@@ -110,11 +111,19 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Trained:
-    """What local training leaves: the update, the new buffers, and the mean loss over its steps."""
+    """What local training leaves: the update, the new buffers, and the mean loss over its steps, a scalar.
+
+    Of P clients at once, everything begins with P.
+    """
 
     update: Update
     buffers: dict[str, Tensor]
-    loss: float
+    loss: Tensor
+
+    def of(self, client: int) -> "Trained":
+        """One of the P."""
+        update, buffers = ({name: t[client] for name, t in part.items()} for part in (self.update, self.buffers))
+        return Trained(update, buffers, self.loss[client])
 
 
 def local_update(
@@ -137,8 +146,10 @@ def local_update(
     `proximal` is FedProx's mu (Li et al. 2020, equation 2). The model's own mode (train or eval) decides about dropout and
     BatchNorm; its own parameters are neither read nor written.
 
-    An attacker imitates many clients at once with `loss_of_batch=stacked_loss`, and `differentiable` gives it the update's
-    derivatives with respect to the batches. A client passes the `hooks` of its defense; they are not differentiated through.
+    Many clients train at once with `loss_of_batch=stacked_loss`, and everything begins with P; of these, one whose labels in a step
+    are all IGNORED, or add up to 0, has taken all its steps before. An attacker imitates clients so, and `differentiable` gives it
+    the update's derivatives with respect to the batches. A client passes the `hooks` of its defense; they are not differentiated
+    through.
     """
     if differentiable and hooks != Hooks():
         raise ValueError(
@@ -148,7 +159,8 @@ def local_update(
     buffers = {name: t.clone() for name, t in buffers.items()}  # BatchNorm writes to them
     moved: Update = {}  # kept rather than subtracted from `start` in the end, which would round the update to the size of a weight
     velocity: dict[str, Tensor] = {}
-    losses = []
+    losses: list[Tensor] = []
+    active: list[Tensor] = []  # of many clients, which took each step
     for step, (images, labels) in enumerate(batches):
         if hooks.batch:
             images, labels = hooks.batch(images, labels)
@@ -158,8 +170,11 @@ def local_update(
         else:
             leaves = now if differentiable else {name: t.detach().requires_grad_() for name, t in now.items()}
             loss = loss_of_batch(model, leaves, buffers, images, labels)
-            gradients = dict(zip(now, torch.autograd.grad(loss, list(leaves.values()), create_graph=differentiable), strict=True))
+            wanted = list(leaves.values())
+            gradients = dict(zip(now, torch.autograd.grad(loss.sum(), wanted, create_graph=differentiable), strict=True))
         losses.append(loss.detach())
+        if many := loss.dim() > 0 and not differentiable:
+            active.append(_asked(labels))
         for name in now:
             gradient = gradients[name]
             if weight_decay:
@@ -169,12 +184,27 @@ def local_update(
             if momentum:
                 gradient = velocity[name] = velocity[name].mul(momentum).add(gradient) if name in velocity else gradient
             if name in moved:
-                moved[name] = moved[name].add(gradient, alpha=lr)
+                further = moved[name].add(gradient, alpha=lr)
+                moved[name] = torch.where(_as(active[-1], further), further, moved[name]) if many else further
             else:
                 moved[name] = gradient if lr == 1 else gradient.mul(lr)
     if not losses:
         raise ValueError("a local update needs at least one batch, got none")
-    return Trained(moved, buffers, float(torch.stack(losses).mean()))
+    loss = torch.stack(losses)
+    if active:
+        steps = torch.stack(active)
+        return Trained(moved, buffers, torch.where(steps, loss, 0).sum(0) / steps.sum(0))
+    return Trained(moved, buffers, loss.mean(0))
+
+
+def _asked(labels: Tensor) -> Tensor:
+    """(P,) whether anything is to be predicted of each of P batches."""
+    return (labels if labels.is_floating_point() else labels != IGNORED).flatten(1).any(1)
+
+
+def _as(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask (P,) that broadcasts over tensors of P."""
+    return mask.reshape(-1, *[1] * (like.dim() - 1))
 
 
 @torch.no_grad()

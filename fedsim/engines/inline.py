@@ -7,11 +7,11 @@ the codes of errors, and the place of a message's id.
 import logging
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -24,14 +24,20 @@ from fedsim.setup import one_thread
 
 log = logging.getLogger(__name__)
 
+# Is given training messages with the numbers of the clients they go to, and the `map` of a pool of threads.
+Ahead = Callable[[list[tuple[Message, int]], Callable[..., Iterable[None]]], None]
+
 _SERVER = 1  # Flower's node id of the server; client i is node i + 2
 
 
 class InlineGrid(Grid):
-    """A grid whose clients are function calls."""
+    """A grid whose clients are function calls.
 
-    def __init__(self, app: ClientApp, clients: int, workers: int = 1) -> None:
-        self._app, self._clients = app, clients
+    ahead  is told of the clients that are asked to train, before any of them is called
+    """
+
+    def __init__(self, app: ClientApp, clients: int, workers: int = 1, ahead: Ahead | None = None) -> None:
+        self._app, self._clients, self._ahead = app, clients, ahead
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="client", initializer=one_thread)
         self._contexts: dict[int, Context] = {}
         self._replies: dict[str, Message] = {}
@@ -62,6 +68,10 @@ class InlineGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Replies in the order of the messages. A function call cannot be abandoned, so `timeout` is not used."""
+        messages = list(messages)
+        asked = [(m, m.metadata.dst_node_id - _SERVER - 1) for m in messages if m.metadata.message_type == MessageType.TRAIN]
+        if self._ahead is not None and asked:
+            self._ahead(asked, self._pool.map)
         return list(self._pool.map(self._answer, messages))
 
     def _answer(self, message: Message) -> Message:
@@ -89,18 +99,27 @@ class InlineGrid(Grid):
 
 @dataclass(frozen=True)
 class Inline:
-    """This process, with `workers` threads of one core each; None takes one for each core, and one in all on a GPU."""
+    """This process, with `workers` threads of one core each; None takes one for each core, and one in all on a GPU.
+
+    vectorized  whether the clients of a round train as one program, see `fedsim.cohort`: True, False, or "auto", where it is faster
+    chunk       how many of them at a time; None takes as many as fit
+    """
 
     workers: int | None = None
+    vectorized: bool | str = "auto"
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if self.workers is not None:
-            whole("engine.workers", self.workers)
+        for name in ("workers", "chunk"):
+            if getattr(self, name) is not None:
+                whole(f"engine.{name}", getattr(self, name))
+        if not isinstance(self.vectorized, bool) and self.vectorized != "auto":
+            raise ValueError(f"engine.vectorized must be true, false or auto, got {self.vectorized!r}")
 
-    def run(self, server: ServerApp, client: ClientApp, clients: int, device: str) -> None:
+    def run(self, server: ServerApp, client: ClientApp, clients: int, device: str, ahead: Ahead | None = None) -> None:
         """Runs the apps to their end."""
         workers = self.workers or (1 if device.startswith("cuda") else os.cpu_count() or 1)
-        grid = InlineGrid(client, clients, min(workers, clients))
+        grid = InlineGrid(client, clients, min(workers, clients), ahead)
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = grid.run.run_id, _SERVER, 1
         try:
             server(grid, Context(grid.run.run_id, _SERVER, {}, RecordDict(), {}))
