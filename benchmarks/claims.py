@@ -483,7 +483,7 @@ def rounds(data: Dataset, count: int) -> None:
                 previous = replace(one, params=params, packets=packets, round=round, previous=previous, followed=True)
                 params = {name: t - 0.01 * packets[name].dense() for name, t in params.items()}
             seen.append(cast(Observation, previous))
-        attack = attacks.adapted(attacks.idlg(evaluations=1000), model)
+        attack = attacks.adapted(attacks.idlg(evaluations=1000), model, defense)
         assert attack is not None
         told = replace(known, defense=defense, public=data.test, same_images=True, labels=None)
         decibels = psnr(attack(seen, told, model, generator(0, "claim")), truth)
@@ -503,7 +503,7 @@ def budget(data: Dataset, count: int) -> None:
         model, first, truth, known = victims(data, lambda rng: lenet(data.image_shape, 10, rng=rng), count)
         sent = [defense(one.packets, {}, generator(0, "defense", one.client))[0] for one in first]  # type: ignore[operator]
         seen = [replace(one, packets=packets, followed=True) for one, packets in zip(first, sent, strict=True)]
-        attack = attacks.adapted(attacks.idlg(evaluations=2000, record=999), model)
+        attack = attacks.adapted(attacks.idlg(evaluations=2000, record=999), model, defense)
         assert attack is not None
         found = attack(seen, replace(known, defense=defense, public=data.test), model, generator(0, "claim"))
         stolen = []

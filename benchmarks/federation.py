@@ -35,7 +35,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -91,11 +91,11 @@ class Case:
 
 
 CASES = {
-    "mcmahan-fedsgd": Case("McMahan CNN, FedSGD, 10 clients, batch 32", "mcmahan_cnn", 10, 32, epoch=False),
-    "mcmahan-fedsgd-1": Case("McMahan CNN, FedSGD, 10 clients, batch 1", "mcmahan_cnn", 10, 1, epoch=False),
-    "mcmahan-fedavg": Case("McMahan CNN, one local epoch, 10 clients, batch 50", "mcmahan_cnn", 10, 50, epoch=True),
-    "lenet-fedsgd": Case("LeNet, FedSGD, 100 clients, batch 1", "lenet", 100, 1, epoch=False),
-    "lenet-fedavg": Case("LeNet, one local epoch, 10 clients, batch 50", "lenet", 10, 50, epoch=True),
+    "mcmahan-fedsgd": Case("McMahan CNN, FedSGD, batch 32", "mcmahan_cnn", 10, 32, epoch=False),
+    "mcmahan-fedsgd-1": Case("McMahan CNN, FedSGD, batch 1", "mcmahan_cnn", 10, 1, epoch=False),
+    "mcmahan-fedavg": Case("McMahan CNN, one local epoch, batch 50", "mcmahan_cnn", 10, 50, epoch=True),
+    "lenet-fedsgd": Case("LeNet, FedSGD, batch 1", "lenet", 100, 1, epoch=False),
+    "lenet-fedavg": Case("LeNet, one local epoch, batch 50", "lenet", 10, 50, epoch=True),
 }
 
 
@@ -300,6 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"3 rounds after the first, local epochs of {QUICK_IMAGES} images")
     parser.add_argument("--case", action="append", choices=CASES, help="this one only; may be repeated")
+    parser.add_argument("--clients", type=int, help="so many in every round, in place of the case's number")
     parser.add_argument("--rounds", type=int, help="rounds after the first (9)")
     parser.add_argument("--no-ray", action="store_true", help="leave Ray out; it is, too, where it is not installed")
     arguments = parser.parse_args()
@@ -309,9 +310,9 @@ def main() -> None:
         ways.append(RAY)
     print(context(ways))
     for name in arguments.case or CASES:
-        case = CASES[name]
+        case = CASES[name] if arguments.clients is None else replace(CASES[name], clients=arguments.clients)
         images = f" of {QUICK_IMAGES if arguments.quick else IMAGES} images" if case.epoch else ""
-        title = case.title.replace("local epoch", f"local epoch{images}")
+        title = f"{case.title.replace('local epoch', f'local epoch{images}')}, {case.clients} clients"
         print(f"\n{name}: {title}; {rounds} rounds after the first")
         print(table(measure(case, ways, rounds + 1, arguments.quick)), flush=True)
 

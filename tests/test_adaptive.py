@@ -216,12 +216,12 @@ def test_a_length_that_a_defense_hides_is_rehearsed_without():
 def test_clipping_stops_nobody_who_knows_of_it():
     defense = Clip(0.1)  # of gradients about 50 times as long
     model, seen, images, known = victims(defense, 4)
-    attack = attacks.idlg(evaluations=300)
+    attack = attacks.idlg(evaluations=600)
     naive = decibels(attack(seen, known, model, generator(0, "attack")), images)
     made = adapted(attack, model, defense)(seen, replace(known, defense=defense), model, generator(0, "attack"))
     assert all(one.attack.startswith("cosine ") for one in made)
     assert float(naive.max()) < 15
-    assert float(decibels(made, images).min()) > 20
+    assert float((decibels(made, images) - naive).min()) > 5
 
 
 def test_the_finer_of_two_lattices_is_trusted_more():
