@@ -32,15 +32,20 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 
-import numpy as np
+# This script's folder, where `import defenses` would find the benchmark of that name; each process comes by here.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
-from fedsim.quiet import quiet
+import numpy as np  # noqa: E402
+
+from fedsim.quiet import quiet  # noqa: E402
 
 quiet()  # before Flower is imported
 
