@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.do(arguments)
     except KeyboardInterrupt:
-        again = {_study: "the same command", _deploy: "`fedsim deploy --resume FOLDER`"}
-        on = again.get(arguments.do, "`fedsim run --resume FOLDER`")
+        ways = {_study: "the same command", _deploy: "`fedsim deploy --resume FOLDER`"}
+        on = ways.get(arguments.do, "`fedsim run --resume FOLDER`")
         print(f"\nstopped; the folder is readable as it is, and {on} goes on", file=sys.stderr)
         return 130
     except (ValueError, FileNotFoundError) as error:  # what the user can mend; anything else is a defect and shows its traceback

@@ -284,6 +284,8 @@ def app_project() -> dict[str, Any]:
 
 TLS_FILES = {"ca-certfile": "ca.crt", "certfile": "server.pem", "keyfile": "server.key"}
 LIFETIME = datetime.timedelta(days=30)
+USES = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+USES += ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
 
 
 def certificates(folder: Path, host: str) -> None:
@@ -292,8 +294,8 @@ def certificates(folder: Path, host: str) -> None:
     issuer = _name("fedsim deploy")
     root = _certificate(issuer, issuer, authority.public_key())
     root = root.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    signs = dict.fromkeys(("key_cert_sign", "crl_sign"), True)
-    root = root.add_extension(x509.KeyUsage(*[False] * 5, encipher_only=False, decipher_only=False, **signs), critical=True)
+    uses = dict.fromkeys(USES, False) | {"key_cert_sign": True, "crl_sign": True}
+    root = root.add_extension(x509.KeyUsage(**uses), critical=True)
     identifier = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
     root = root.add_extension(identifier, critical=False)
     server = _certificate(_name(host), issuer, own.public_key())
