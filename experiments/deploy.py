@@ -55,6 +55,8 @@ def configured(overrides: Sequence[str], nodes: int) -> Config:
     said = {override.split("=", 1)[0] for override in overrides}
     ours = [f"federation.clients={nodes}"] if "federation.clients" not in said else []
     config = compose([ENGINE, *ours, *overrides])
+    if f"engine={config['choices']['engine']}" != ENGINE:
+        raise ConfigError(f"engine={config['choices']['engine']} runs in this process, without SuperNodes: leave it out")
     clients = config["federation"]["clients"]
     if isinstance(clients, int) and clients > nodes:
         wanted = f"federation.clients={clients} takes {clients} SuperNodes, and there are {nodes}"
@@ -192,7 +194,8 @@ class Loopback:
                 for number, node in enumerate(self.nodes):
                     if node.process.poll() is not None and node.name not in gone:
                         gone.add(node.name)
-                        yield f"  SuperNode {number} has ended ({node.process.returncode}): {node.last()}"
+                        code = node.process.returncode
+                        yield f"  SuperNode {number} has ended: {f'signal {-code}' if code < 0 else node.last()}"
                 if ended:
                     break
                 link = self._all[0]
@@ -211,16 +214,20 @@ class Loopback:
                 raise FederationError(f"{started.name} was not ready within {PATIENCE:.0f} s: {started.last()}")
             time.sleep(0.1)
 
+    def family(self) -> set[tuple[int, str]]:
+        """All processes of the deployment, those included that Flower's commands started."""
+        return family({one.process.pid for one in self._all})
+
     def stop(self) -> None:
         """Ends all processes, those they started included: asks first, and kills what is left."""
-        family = descendants({one.process.pid for one in self._all if one.process.poll() is None})
+        mine = self.family()
         for one in reversed(self._all):
             if one.process.poll() is None:
                 one.process.terminate()
         until = time.monotonic() + 10
-        while time.monotonic() < until and (any(one.process.poll() is None for one in self._all) or family & processes()):
+        while time.monotonic() < until and (any(one.process.poll() is None for one in self._all) or mine & processes()):
             time.sleep(0.1)
-        for pid, _ in family & processes():
+        for pid, _ in mine & processes():
             with contextlib.suppress(ProcessLookupError):  # it may end at this very moment
                 os.kill(pid, signal.SIGKILL)
         for one in self._all:
@@ -337,30 +344,35 @@ def _write_secret(path: Path, data: bytes) -> None:
 
 def processes() -> set[tuple[int, str]]:
     """All processes that run: number and time of start, which together tell a process from a later one of the same number."""
-    return {(pid, began) for pid, (_, began) in _table().items()}
+    return {(pid, began) for pid, (_, _, began) in _table().items()}
 
 
-def descendants(roots: set[int]) -> set[tuple[int, str]]:
-    """`roots` and what they started, and what that started, as `processes` tells them."""
+def family(leaders: set[int]) -> set[tuple[int, str]]:
+    """`leaders` of process groups, all in their groups, and what those started, and what that started, as `processes` tells them.
+
+    A SuperNode's helper outlives a SuperNode that is killed, and is still in its group.
+    """
     table = _table()
-    found = {pid for pid in roots if pid in table}
-    while more := {pid for pid, (parent, _) in table.items() if parent in found} - found:
+    found = {pid for pid, (_, group, _) in table.items() if pid in leaders or group in leaders}
+    while more := {pid for pid, (parent, _, _) in table.items() if parent in found} - found:
         found |= more
-    return {(pid, table[pid][1]) for pid in found}
+    return {(pid, table[pid][2]) for pid in found}
 
 
-def _table() -> dict[int, tuple[int, str]]:
-    """Parent and time of start by process number."""
+def _table() -> dict[int, tuple[int, int, str]]:
+    """Parent, group and time of start by process number."""
     if not Path("/proc/self/stat").exists():
-        listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,lstart=,stat="], capture_output=True, text=True, check=True).stdout
-        rows = [line.split(maxsplit=2) for line in listed.splitlines()]
-        return {int(pid): (int(parent), rest.rsplit(maxsplit=1)[0]) for pid, parent, rest in rows if " Z" not in rest}
+        listed = subprocess.run(
+            ["ps", "-A", "-o", "pid=,ppid=,pgid=,stat=,lstart="], capture_output=True, text=True, check=True
+        ).stdout
+        rows = [line.split(maxsplit=4) for line in listed.splitlines()]
+        return {int(pid): (int(parent), int(group), began) for pid, parent, group, state, began in rows if "Z" not in state}
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-            state, parent, *rest = path.read_text().rsplit(")", 1)[1].split()  # the name before it may hold anything
+            state, parent, group, *rest = path.read_text().rsplit(")", 1)[1].split()  # the name before it may hold anything
             if state != "Z":
-                found[int(path.parent.name)] = (int(parent), rest[17])
+                found[int(path.parent.name)] = (int(parent), int(group), rest[16])
     return found
 
 
