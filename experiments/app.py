@@ -67,7 +67,7 @@ def _serve(grid: Grid, context: Context) -> None:
         runner.start(config, path, shlex.join(command), engine)
         return
     folder = RunFolder.open(path)
-    if folder.config != config:
+    if folder.config | {key: config[key] for key in ("out", "name")} != config:  # the folder may have been moved
         raise RunError(f"{path} was run with other settings: resume it with those in its config.json")
     runner.resume(folder, engine)
 

@@ -254,24 +254,27 @@ def deploy(config: Config, path: Path, nodes: int, *, resume: bool = False) -> N
         printed: list[str] = []
         for line in up.run({"config": json.dumps(config), "resume": resume}):
             printed.append(line)
-            if line and not _FLOWERS.match(line):
+            if is_ours(printed):
                 console.print(line, markup=False)
-        folder = RunFolder(path)
-        checkpoint = folder.checkpoint() if (path / "config.json").exists() else None
+        checkpoint = RunFolder(path).checkpoint()
         if checkpoint is None or checkpoint.round < config["rounds"]:
-            why = [line for line in printed if line.strip() and not line.startswith(" ")]
-            raise FederationError(_reason(printed) or (why[-1] if why else "the run left nothing"))
+            raise FederationError(reason(printed))
 
 
-_FLOWERS = re.compile(r"(INFO|WARNING|ERROR|DEBUG) ?:|Successfully started run|Loading project configuration|Success$|\s*$")
+_FLOWERS = re.compile(r"(INFO|WARNING|ERROR|DEBUG) ?:|Using SuperLink|Successfully (installed|started)|Traceback |\s*$")
+_RAISED = re.compile(r"([A-Za-z_]\w*\.)*\w*(Error|Exception|NotFound): ")
 
 
-_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|NotFound): ")
+def is_ours(printed: Sequence[str]) -> bool:
+    """Whether the last of the lines that a run printed is fedsim's: not Flower's, nor part of a traceback."""
+    flush = next((line for line in reversed(printed) if line[:1].strip()), "")
+    return not (_FLOWERS.match(printed[-1]) or _RAISED.match(flush) or (printed[-1] != flush and flush.startswith("Traceback ")))
 
 
-def _reason(printed: Sequence[str]) -> str:
-    """What the last traceback in a log ends with."""
-    return next((line[found.end() :] for line in reversed(printed) if (found := _RAISED.match(line))), "")
+def reason(printed: Sequence[str]) -> str:
+    """What the last traceback that a run printed ends with, or else its last words."""
+    raised = next((line[found.end() :] for line in reversed(printed) if (found := _RAISED.match(line))), "")
+    return raised or next((line.strip() for line in reversed(printed) if line.strip()), "the run left nothing")
 
 
 def app_project() -> dict[str, Any]:
@@ -291,8 +294,8 @@ def app_project() -> dict[str, Any]:
 
 TLS_FILES = {"ca-certfile": "ca.crt", "certfile": "server.pem", "keyfile": "server.key"}
 LIFETIME = datetime.timedelta(days=30)
-USES = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
-USES += ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
+USES = ["digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"]
+USES += ["key_cert_sign", "crl_sign", "encipher_only", "decipher_only"]
 
 
 def certificates(folder: Path, host: str) -> None:
