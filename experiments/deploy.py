@@ -75,9 +75,10 @@ class Started:
     log: Path
 
     def last(self) -> str:
-        """The last line of its log that says something, without colours and frames."""
-        lines = [line.strip("│ ") for line in plain(self.log.read_text(errors="replace")).splitlines()]
-        return next((line for line in reversed(lines) if re.search(r"\w", line)), "it left no log")
+        """The last line of its log that tells of an error, or else that says anything, without colours and frames."""
+        lines = [line.strip("│ ") for line in reversed(plain(self.log.read_text(errors="replace")).splitlines())]
+        says = [line for line in lines if re.search(r"\w", line)]
+        return next((line for line in says if re.search(r"\bERROR\b|Error: |Errno", line)), says[0] if says else "it left no log")
 
 
 class Loopback:
