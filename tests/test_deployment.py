@@ -130,6 +130,14 @@ def meddle(up: deploy.Loopback, seen: Deployed, records: Path) -> None:
     strangers = [
         up.node("wrong key", up.folder / "stranger", place),
         up.node("no key", up.folder / "stranger", place, *ca),
+        up.node(
+            "a key without TLS",
+            up.folder / "node-2",
+            place,
+            "--insecure",
+            "--auth-supernode-private-key",
+            str(up.folder / "node-2"),
+        ),
         up.node("no TLS", up.folder / "node-2", place, "--insecure", "--max-retries=1"),
         up.node(
             "another authority",
@@ -221,6 +229,7 @@ def test_captures_are_the_same_bytes_as_in_simulation(deployed, tmp_path):
         ("wrong key", "Failed to activate SuperNode"),
         ("no key", "All SuperNodes must be registered"),
         ("no TLS", "Server disconnected without sending a response"),
+        ("a key without TLS", "SuperNode authentication requires a"),
         ("another authority", "certificate verify failed"),
     ],
 )
