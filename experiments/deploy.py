@@ -105,7 +105,8 @@ class Loopback:
                 up._start(nodes, node_config)
                 yield up
             finally:
-                up.stop()
+                with _undisturbed():
+                    up.stop()
 
     def _start(self, nodes: int, node_config: Mapping[str, str]) -> None:
         certificates(self.folder, HOST)
@@ -262,7 +263,9 @@ def deploy(config: Config, path: Path, nodes: int, *, resume: bool = False) -> N
             raise FederationError(reason(printed))
 
 
-_FLOWERS = re.compile(r"(INFO|WARNING|ERROR|DEBUG) ?:|Using SuperLink|Successfully (installed|started)|Traceback |\s*$")
+_FLOWERS = re.compile(
+    r"(INFO|WARNING|ERROR|DEBUG) ?:|Using SuperLink|Successfully (installed|started)|Traceback |An unhandled|For more information|\s*$"
+)
 _RAISED = re.compile(r"([A-Za-z_]\w*\.)*\w*(Error|Exception|NotFound): ")
 
 
@@ -387,6 +390,20 @@ def _terminable() -> Iterator[None]:
         yield
         return
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Inside, whoever presses Ctrl-C again does not stop the cleaning up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
