@@ -263,9 +263,8 @@ def deploy(config: Config, path: Path, nodes: int, *, resume: bool = False) -> N
             raise FederationError(reason(printed))
 
 
-_FLOWERS = re.compile(
-    r"(INFO|WARNING|ERROR|DEBUG) ?:|Using SuperLink|Successfully (installed|started)|Traceback |An unhandled|For more information|\s*$"
-)
+_LEVELS = "(INFO|WARNING|ERROR|DEBUG) ?:"
+_FLOWERS = re.compile(rf"{_LEVELS}|Using SuperLink|Successfully (installed|started)|Traceback |An unhandled|For more information|\s*$")
 _RAISED = re.compile(r"([A-Za-z_]\w*\.)*\w*(Error|Exception|NotFound): ")
 
 
