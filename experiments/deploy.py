@@ -263,8 +263,8 @@ def deploy(config: Config, path: Path, nodes: int, *, resume: bool = False) -> N
             raise FederationError(reason(printed))
 
 
-_LEVELS = "(INFO|WARNING|ERROR|DEBUG) ?:"
-_FLOWERS = re.compile(rf"{_LEVELS}|Using SuperLink|Successfully (installed|started)|Traceback |An unhandled|For more information|\s*$")
+_TOLD = ("Using SuperLink", "Successfully installed", "Successfully started", "Traceback ", "An unhandled", "For more information")
+_FLOWERS = re.compile("|".join([r"(INFO|WARNING|ERROR|DEBUG) ?:", *_TOLD, r"\s*$"]))
 _RAISED = re.compile(r"([A-Za-z_]\w*\.)*\w*(Error|Exception|NotFound): ")
 
 
