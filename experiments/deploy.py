@@ -270,8 +270,8 @@ _RAISED = re.compile(r"([A-Za-z_]\w*\.)*\w*(Error|Exception|NotFound): ")
 
 def is_ours(printed: Sequence[str]) -> bool:
     """Whether the last of the lines that a run printed is fedsim's: not Flower's, nor part of a traceback."""
-    flush = next((line for line in reversed(printed) if line[:1].strip()), "")
-    return not (_FLOWERS.match(printed[-1]) or _RAISED.match(flush) or (printed[-1] != flush and flush.startswith("Traceback ")))
+    last, began = printed[-1], next((line for line in reversed(printed) if line[:1].strip()), "")
+    return not (_FLOWERS.match(last) or _RAISED.match(last) or (last != began and began.startswith("Traceback ")))
 
 
 def reason(printed: Sequence[str]) -> str:
