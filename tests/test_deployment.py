@@ -441,10 +441,10 @@ def test_by_default_all_nodes_are_clients_of_every_round():
 
 def test_a_traceback_is_told_in_one_line_and_what_the_run_prints_is_shown():
     shown = ["none on synthetic", "  attacker  honest", "  round 1/2"]
-    told = ["Traceback (most recent call last):", '  File "server.py"', "    raise", "fedsim.errors.FederationError: no answer: why"]
+    told = ["Traceback (most recent call last):", '  File "server.py"', "    raise", "fedsim.errors.FederationError: no reply: why"]
     lines = ["INFO :      Start", *shown[:2], *told, "", shown[2], "An unhandled exception occurred in the ServerApp."]
     assert [lines[i] for i in range(len(lines)) if deploy.is_ours(lines[: i + 1])] == shown
-    assert deploy.reason(lines) == "no answer: why"
+    assert deploy.reason(lines) == "no reply: why"
 
 
 def test_a_missing_command_is_named(monkeypatch, capsys, tmp_path):
