@@ -20,11 +20,23 @@ examples:
   fedsim run data=cifar10 federation=fedsgd defense=topk defense.ratio=0.1 attack=dlg rounds=20 tap.every=5
   fedsim run -m defense=none,uniform,topk,gaussian seed=0,1,2     all of them, compared in figures
   fedsim run --resume runs/NAME                                   go on where it stopped
+  fedsim deploy --nodes 4 defense=topk rounds=3                   the same on Flower's SuperLink and SuperNodes, a process each
   fedsim attack runs/NAME attack=idlg                             attack again what was captured
   fedsim plot runs/NAME runs/OTHER -o figures
   fedsim invert --image me.jpg attack=dlg                         your own picture, taken back from its gradient
   fedsim study defenses-vs-dlg --workers 2                        a published question, as a grid of runs
   fedsim list defenses
+"""
+
+DEPLOY = """\
+Starts a SuperLink and N SuperNodes on loopback, under TLS and with a key for each SuperNode; runs, and takes them down. Each
+SuperNode is a client with its own shard: federation.clients is N unless said otherwise. For several machines see
+docs/running-at-scale.md.
+
+examples:
+  fedsim deploy --nodes 4 defense=topk rounds=3
+  fedsim deploy --nodes 3 aggregation=secure rounds=2 engine.timeout=60
+  fedsim deploy --resume runs/NAME
 """
 
 INVERT = """\
@@ -54,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.do(arguments)
     except KeyboardInterrupt:
-        on = "the same command" if arguments.do is _study else "`fedsim run --resume FOLDER`"
+        ways = {_study: "the same command", _deploy: "`fedsim deploy --resume FOLDER`"}
+        on = ways.get(arguments.do, "`fedsim run --resume FOLDER`")
         print(f"\nstopped; the folder is readable as it is, and {on} goes on", file=sys.stderr)
         return 130
     except (ValueError, FileNotFoundError) as error:  # what the user can mend; anything else is a defect and shows its traceback
@@ -64,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (FederationError, OSError) as error:
-        hint = "; what was finished is kept, and `fedsim run --resume FOLDER` goes on from there" if arguments.do is _run else ""
+        again = {_run: "run", _deploy: "deploy"}.get(arguments.do)
+        hint = f"; what was finished is kept, and `fedsim {again} --resume FOLDER` goes on from there" if again else ""
         print(f"stopped: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 1
 
@@ -86,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-m", "--multirun", action="store_true", help="KEY=A,B runs each value, every combination, and compares")
     run.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, or the rest of a multirun")
     run.add_argument("--show-config", action="store_true", help="print the resolved configuration and stop")
+
+    deploy = _command(commands, "deploy", _deploy, "run a federation on a Flower SuperLink and SuperNodes, on this machine")
+    deploy.formatter_class, deploy.epilog = argparse.RawDescriptionHelpFormatter, DEPLOY
+    deploy.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for `fedsim run`")
+    deploy.add_argument("--nodes", type=int, metavar="N", help="SuperNodes, a process each (default: 4)")
+    deploy.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run of a deployment")
 
     attack = _command(commands, "attack", _attack, "attack again what a run captured")
     attack.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
@@ -199,6 +219,32 @@ def _resume(path: Path) -> int:
         runner.check_config(folder.config)
         runner.resume(folder)
     return _finish([folder], path / "figures")
+
+
+def _deploy(arguments: argparse.Namespace) -> int:
+    _quiet()
+    from experiments import runner
+    from experiments.deploy import configured, deploy
+    from fedsim.run import RunFolder
+
+    if path := arguments.resume:
+        if arguments.overrides:
+            raise ValueError(f"--resume takes its settings from {path}; leave out {' '.join(arguments.overrides)}")
+        folder = RunFolder.open(path)
+        config = folder.config
+        if (engine := config["choices"]["engine"]) != "deployment":
+            raise ValueError(f"{path} ran with engine={engine}: resume it with `fedsim run --resume {path}`")
+        nodes = arguments.nodes or config["federation"]["clients"]
+        if runner.finished(folder):
+            print(f"{path} is finished: all {config['rounds']} rounds are there")
+            return _finish([folder], path / "figures")
+    else:
+        nodes = 4 if arguments.nodes is None else arguments.nodes
+        config = configured(arguments.overrides, nodes)
+        path = Path(config["out"]) / (config["name"] or _name([config], False))
+    runner.check_config(config)
+    deploy(config, path, nodes, resume=arguments.resume is not None)
+    return _finish([RunFolder.open(path)], path / "figures")
 
 
 def _multirun(base: Path) -> int:

@@ -24,8 +24,9 @@ from fedsim import federation
 from fedsim.accounting import reconstruction_bound
 from fedsim.cohort import cohort_of
 from fedsim.data import Corpus, check, image_shape
+from fedsim.engines.deployment import Deployment
 from fedsim.engines.inline import Inline
-from fedsim.federation import Checkpoint, Round
+from fedsim.federation import Checkpoint, Engine, Round
 from fedsim.observation import Observation
 from fedsim.run import RunFolder
 from fedsim.secure_rounds import check_averages
@@ -123,26 +124,35 @@ def _attackers(setup: Setup, config: Config) -> list[Attacker]:
     return [] if attack is None else attackers(setup, attack, config["choices"]["attack"], config.get("attacker", "naive"))
 
 
-def start(config: Config, path: Path, command: str) -> RunFolder:
-    """Runs `config` in a new folder at `path`."""
+def start(config: Config, path: Path, command: str, engine: Engine | None = None) -> RunFolder:
+    """Runs `config` in a new folder at `path`, on its own engine unless one is given that runs already."""
     one_thread()
+    engine = engine or _engine(config)
     setup = setup_of(config)
     folder = RunFolder.create(path, config, environment(setup, command))
     folder.save_partition(setup.shards)
-    _go(setup, folder, None)
+    _go(setup, folder, None, engine)
     return folder
 
 
-def resume(folder: RunFolder) -> RunFolder:
+def resume(folder: RunFolder, engine: Engine | None = None) -> RunFolder:
     """Goes on with an interrupted run from its last finished round; does nothing to one that is finished."""
     one_thread()
+    engine = engine or _engine(folder.config)
     setup = setup_of(folder.config)
     checkpoint = folder.checkpoint()
     folder.rewind(-1 if checkpoint is None else checkpoint.round)
     if checkpoint is None:
         folder.save_partition(setup.shards)  # it may have been stopped before it had one
-    _go(setup, folder, checkpoint)
+    _go(setup, folder, checkpoint, engine)
     return folder
+
+
+def _engine(config: Config) -> Engine:
+    engine: Engine = build_checked("engine", config["engine"])
+    if isinstance(engine, Deployment):
+        raise ConfigError("engine=deployment needs a SuperLink and SuperNodes: `fedsim deploy` starts some here, and also resumes")
+    return engine
 
 
 def finished(folder: RunFolder) -> bool:
@@ -169,7 +179,7 @@ def _victims(attacker: Attacker, seen: Sequence[Observation]) -> list[Observatio
     return [one for one in seen if not (attacker.adaptive and one.masked)]
 
 
-def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
+def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None, engine: Engine) -> None:
     config = folder.config
     tap: Tap = build_checked("tap", config["tap"])
     mine = _attackers(setup, config)
@@ -190,7 +200,7 @@ def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
         if checkpoint is None or checkpoint.round < config["rounds"]:
             federation.run(
                 setup,
-                build_checked("engine", config["engine"]),
+                engine,
                 rounds=config["rounds"],
                 choose=lambda round, clients: tap.choose(setup.seed, round, clients),
                 listen=listen,

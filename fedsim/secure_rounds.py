@@ -65,6 +65,7 @@ from fedsim.wire import Packets, pack, unpack
 log = logging.getLogger(__name__)
 
 SECURE = "secure-aggregation"  # the record of keys and shares, and of what a client keeps between the steps of a round
+STEPS = ("advertise", "share", "reveal")  # what clients are asked for besides training
 COMPARING = (Krum, MultiKrum, Bulyan, FedMedian, FedTrimmedAvg, QFedAvg)
 
 

@@ -224,13 +224,16 @@ class CheckedStrategy(Forwarding):
         return super().aggregate_evaluate(server_round, [self._checked(reply, self._flaw_of_metrics) for reply in replies])
 
     def _checked(self, reply: Message, flaw_of: Callable[[Message], str | None]) -> Message:
-        if not reply.has_content() or is_masked(reply):
+        client = self._clients.get(reply.metadata.src_node_id)
+        if reply.has_error():
+            return with_error(reply, f"client {client}: {reply.error.reason}")
+        if is_masked(reply):
             return reply
         try:
             flaw = flaw_of(reply)
         except Exception as error:  # whatever reading it raises, what was sent is to blame
             flaw = f"it cannot be read: {type(error).__name__}: {error}"
-        return reply if flaw is None else with_error(reply, f"client {self._clients.get(reply.metadata.src_node_id)}: {flaw}")
+        return reply if flaw is None else with_error(reply, f"client {client}: {flaw}")
 
     def _flaw(self, reply: Message) -> str | None:
         """What is wrong with an update, if anything."""
@@ -410,10 +413,12 @@ def nodes_by_client(grid: Grid, clients: int, timeout: float = 600.0) -> list[in
             raise FederationError(f"{len(nodes)} of {clients} clients connected within {timeout:.0f} s")
         time.sleep(0.05)
     asked = [Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes]
-    replies = [reply for reply in grid.send_and_receive(asked, timeout=max(1.0, until - time.monotonic())) if reply.has_content()]
-    found = {_sender(reply): reply.metadata.src_node_id for reply in replies}
+    replies = list(grid.send_and_receive(asked, timeout=max(1.0, until - time.monotonic())))
+    found = {_sender(reply): reply.metadata.src_node_id for reply in replies if reply.has_content()}
     if missing := [client for client in range(clients) if client not in found]:
-        raise FederationError(f"no answer from client {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}")
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        why = next((f": {' '.join(str(reply.error.reason).split())}" for reply in replies if reply.has_error()), "")
+        raise FederationError(f"no answer from client {missing[0]}{more}{why}")
     return [found[client] for client in range(clients)]
 
 

@@ -96,7 +96,7 @@ def test_only_the_named_files_import_flower():
         if re.search(r"^\s*(from|import) flwr\b", path.read_text(), re.MULTILINE)
     }
     carrying = {"client.py", "server.py", "secure_rounds.py", "records.py", "federation.py"}
-    assert users == {*carrying, "engines/inline.py", "engines/ray.py"}
+    assert users == {*carrying, "engines/deployment.py", "engines/inline.py", "engines/ray.py"}
 
 
 def test_the_python_of_the_readme_runs(tmp_path):

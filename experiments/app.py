@@ -1,0 +1,112 @@
+"""fedsim as a Flower app: what a SuperLink and its SuperNodes run of it.
+
+The bundle that `flwr run` sends holds no code (`fab-include` in pyproject.toml): every machine runs the fedsim it has installed.
+Server and clients make the same configuration of the run configuration, whose keys are:
+
+    overrides  settings as for `fedsim run`, in one string
+    config     a whole configuration as JSON, in place of overrides
+    resume     go on with the run in the folder that the configuration names
+
+and a SuperNode's own, in its node configuration:
+
+    partition-id  which client it is, from 0
+    data-root     where its data is, in place of $FEDSIM_DATA; a server's data.root is never read here
+    memory        where it keeps what must outlive a round, below a folder named after the run; ~/.fedsim unless said otherwise
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from experiments.config import Config, ConfigError, build_checked, compose
+from fedsim.client import client_app
+from fedsim.engines.deployment import Deployment
+from fedsim.secure_rounds import STEPS
+
+RUN_CONFIG: dict[str, bool | str] = {"overrides": "", "config": "", "resume": False}
+ENGINE = "engine=deployment"
+
+
+def config_of(context: Context) -> Config:
+    """The configuration of a run: the same on every machine. A run without a name is called after Flower's number of it."""
+    told: Any = context.run_config
+    config = json.loads(told["config"]) if told["config"] else compose([ENGINE, *shlex.split(told["overrides"])])
+    if config["name"] is None:
+        config["name"] = f"run-{context.run_id}"
+    return config
+
+
+# The server.
+
+server = ServerApp()
+
+
+@server.main()
+def _serve(grid: Grid, context: Context) -> None:
+    from experiments import runner
+    from fedsim.quiet import quiet
+    from fedsim.run import RunError, RunFolder
+
+    quiet()
+    told, config = context.run_config, config_of(context)
+    engine = build_checked("engine", config["engine"])
+    if not isinstance(engine, Deployment):
+        raise ConfigError(f"engine={config['choices']['engine']} is no engine of SuperNodes: leave it out")
+    engine = dataclasses.replace(engine, grid=grid, context=context)
+    runner.check_config(config)
+    path = Path(config["out"]) / config["name"]
+    if not told["resume"]:
+        command = ["flwr", "run", ".", "--run-config", f"overrides={json.dumps(told['overrides'])}"]
+        runner.start(config, path, shlex.join(command), engine)
+        return
+    folder = RunFolder.open(path)
+    if folder.config | {key: config[key] for key in ("out", "name")} != config:  # the folder may have been moved
+        raise RunError(f"{path} was run with other settings: resume it with those in its config.json")
+    runner.resume(folder, engine)
+
+
+# The client.
+
+
+def client_config(context: Context) -> Config:
+    """The configuration with the SuperNode's own data in it. Raises ConfigError where a server expects data and none is named."""
+    config, name = config_of(context), "data-root"
+    own = context.node_config.get(name) or (os.environ.get("FEDSIM_DATA") if config["data"]["name"] != "text" else None)
+    if config["data"].get("root") is not None and not own:
+        raise ConfigError(f"the server reads data.root, and this SuperNode has no data: start it with --node-config '{name}=\"…\"'")
+    return config | {"data": config["data"] | {"root": own}}
+
+
+def memory_of(context: Context, run: str) -> Path:
+    """The folder of this SuperNode's memories of a run. Raises ConfigError for a name that is no name of a folder.
+
+    The server chooses the name, and must not choose where a SuperNode writes.
+    """
+    if not run or run in (".", "..") or any(sign in run for sign in "/\\\0:"):
+        raise ConfigError(f"the server calls the run {run!r}, which is no name of a folder: change name=")
+    base = context.node_config.get("memory") or Path.home() / ".fedsim"
+    return Path(str(base)).expanduser() / run / "clients"
+
+
+client = ClientApp()
+
+
+def _answer(message: Message, context: Context) -> Message:
+    from fedsim.quiet import quiet
+
+    quiet()
+    config = client_config(context)
+    return client_app(config, str(memory_of(context, config["name"])))(message, context)
+
+
+client.train()(_answer)
+client.evaluate()(_answer)
+for step in ("default", *STEPS):
+    client.query(step)(_answer)

@@ -1,0 +1,467 @@
+"""Deployment: real processes on loopback, TLS and keys. One federation of three SuperNodes is shared by all tests that look at one.
+
+In its second round the third SuperNode is killed. Meanwhile strangers knock, and what the first SuperNode sent is sent again.
+"""
+
+import copy
+import dataclasses
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import shlex
+import signal
+import socket
+import ssl
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+import zipfile
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.message import make_message
+from flwr.cli.build import build_fab_from_disk
+from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import sign_message
+from flwr.supercore.task_identity import TaskIdentity
+from safetensors import safe_open
+from worlds import FEDSGD, assert_same, config, federate
+
+from experiments import app, cli, deploy
+from experiments.config import ConfigError, compose
+from fedsim.client import client_app
+from fedsim.engines.deployment import Deployment
+from fedsim.engines.inline import InlineGrid
+from fedsim.run import RunError, RunFolder
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = ["data.train_size=31", "data.test_size=7", "device=cpu", "rounds=2", "evaluate.every=2", "federation.lr=0.3"]
+SETTINGS += ["defense=topk_ef", "attack=none", "tap.every=null", "tap.rounds=[1,2]", "tap.clients=all"]
+
+# Python runs this first in every process. In a SuperNode it is an attacker who sees into its TLS connection; and heartbeats are as
+# frequent as Flower allows, since a SuperLink takes a node for lost after two of them.
+EARLY = """
+import os, pickle, sys
+if any("flower-supernode" in word for word in sys.orig_argv):
+    import httpx
+    from flwr.supercore import heartbeat
+    from flwr.supernode import fleet_http_connection
+    fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = heartbeat.HEARTBEAT_DEFAULT_INTERVAL = 10
+    send = httpx.Client.send
+    def recording(self, request, *rest, **more):
+        if request.url.path.endswith("/push-messages"):
+            with open(os.path.join(os.environ["RECORDS"], str(os.getpid())), "ab") as file:
+                pickle.dump((str(request.url), dict(request.headers), request.content), file)
+        return send(self, request, *rest, **more)
+    httpx.Client.send = recording
+"""
+
+
+@dataclasses.dataclass
+class Deployed:
+    """What was seen of a deployment: folders, what it printed, logs by process, answers to what was sent again, all processes."""
+
+    path: Path
+    code: int = -1
+    printed: str = ""
+    logs: dict[str, str] = dataclasses.field(default_factory=dict)
+    answers: dict[str, httpx.Response] = dataclasses.field(default_factory=dict)
+    family: set[tuple[int, str]] = dataclasses.field(default_factory=set)
+    folder: Path = Path()
+    mode: int = 0
+    errors: list[BaseException] = dataclasses.field(default_factory=list)
+
+
+def wait_for(what: Any, seconds: float = 200.0) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def again(request: tuple[str, dict[str, str], bytes], up: deploy.Loopback, **headers: str) -> httpx.Response:
+    """The SuperLink's answer to a request that a SuperNode sent before."""
+    url, sent, content = request
+    trusted = ssl.create_default_context(cafile=str(up.folder / "ca.crt"))
+    kept = {name: value for name, value in sent.items() if name not in ("content-length", "host")}
+    return httpx.post(url, headers=kept | headers, content=content, verify=trusted)
+
+
+def recorded(folder: Path, pid: int) -> list[tuple[str, dict[str, str], bytes]]:
+    with (folder / str(pid)).open("rb") as file:
+        requests = []
+        while True:
+            try:
+                requests.append(pickle.load(file))
+            except EOFError:
+                return requests
+
+
+def node_id(node: deploy.Started) -> int:
+    return int(re.findall(r"SuperNode ID: (\d+)", node.log.read_text())[0])
+
+
+def meddle(up: deploy.Loopback, seen: Deployed, records: Path) -> None:
+    """Kills the third SuperNode when it has taken the second round's message; meanwhile knocks at the SuperLink's door."""
+    third = up.nodes[2]
+    wait_for(lambda: third.log.read_text().count("Receiving: train message") == 2)
+    os.kill(third.process.pid, signal.SIGKILL)
+    seen.folder, seen.mode = up.folder, up.folder.stat().st_mode & 0o777
+    deploy.key_pair(up.folder / "stranger")
+    place = {"partition-id": 2}
+    ca = ["--root-certificates", str(up.folder / "ca.crt")]
+    strangers = [
+        up.node("wrong key", up.folder / "stranger", place),
+        up.node("no key", up.folder / "stranger", place, *ca),
+        up.node(
+            "a key without TLS",
+            up.folder / "node-2",
+            place,
+            "--insecure",
+            "--auth-supernode-private-key",
+            str(up.folder / "node-2"),
+        ),
+        up.node("no TLS", up.folder / "node-2", place, "--insecure", "--max-retries=1"),
+        up.node(
+            "another authority",
+            up.folder / "node-2",
+            place,
+            "--auth-supernode-private-key",
+            str(up.folder / "node-2"),
+            "--max-retries=1",
+        ),
+    ]
+    trained = recorded(records, up.nodes[0].process.pid)[1]  # the first was its answer to who it is
+    seen.answers["at once"] = again(trained, up)
+    key = load_ssh_private_key((up.folder / "node-0").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    past = (now() - timedelta(seconds=310)).isoformat()
+    old = {TIMESTAMP_HEADER: past, FLEET_HTTP_SIGNATURE_HEADER: b64encode(sign_message(key, past.encode())).decode()}
+    seen.answers["after five minutes"] = again(trained, up, **old)
+    other = recorded(records, up.nodes[1].process.pid)[1]
+    seen.answers["in another's name"] = again((trained[0], other[1], trained[2]), up)
+    seen.answers["with another time"] = again(trained, up, **{TIMESTAMP_HEADER: now().isoformat()})
+    heartbeat = SendNodeHeartbeatRequest(node=Node(node_id=node_id(up.nodes[0])), heartbeat_interval=30).SerializeToString()
+    url = f"https://{up.address}/v1"
+    seen.answers["other words, the same signature"] = again((f"{url}/fleet/send-node-heartbeat", trained[1], heartbeat), up)
+    protobuf = {name: trained[1][name] for name in ("content-type", "accept")}
+    seen.answers["a task for anybody"] = again((f"{url}/runtime/acquire-task", protobuf, b""), up)
+    seen.answers["a fleet for nobody"] = again((f"{url}/fleet/send-node-heartbeat", protobuf, heartbeat), up)
+    for stranger in strangers:
+        wait_for(lambda stranger=stranger: stranger.process.poll() is not None)
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory) -> Deployed:
+    out, records, early = (tmp_path_factory.mktemp(name) for name in ("runs", "records", "early"))
+    (early / "sitecustomize.py").write_text(EARLY)
+    seen = Deployed(out / "deployed")
+    run = deploy.Loopback.run
+
+    def disturbed(up: deploy.Loopback, told: Mapping[str, object]) -> Iterator[str]:
+        def disturb() -> None:
+            try:
+                meddle(up, seen, records)
+            except BaseException as error:
+                seen.errors.append(error)
+
+        thread = threading.Thread(target=disturb)
+        thread.start()
+        try:
+            for line in run(up, told):
+                seen.printed += line + "\n"
+                yield line
+            thread.join()
+            trained = recorded(records, up.nodes[0].process.pid)[1]
+            seen.answers["when the run is over"] = again(trained, up)
+        finally:
+            seen.family = up.family()
+            seen.logs = {one.name: deploy.plain(one.log.read_text()) for one in up._all}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deploy.Loopback, "run", disturbed)
+        patch.setenv("RECORDS", str(records))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(early), os.environ.get("PYTHONPATH")])))
+        words = ["deploy", "--nodes", "3", *SETTINGS, f"out={out}", "name=deployed"]
+        seen.code = cli.main(words)
+    assert not seen.errors, "\n".join([repr(seen.errors), *(f"--- {name}\n{log[-3000:]}" for name, log in seen.logs.items())])
+    return seen
+
+
+def bytes_in(path: Path) -> dict[str, object]:
+    """The bytes of each tensor of a file, and what else it says: its own bytes have the latter in any order."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()} | {"": file.metadata()}  # noqa: SIM118
+
+
+def test_captures_are_the_same_bytes_as_in_simulation(deployed, tmp_path):
+    same = ["federation.clients=3", "federation.per_round=3", "engine.workers=1", f"out={tmp_path}", "name=inline"]
+    assert cli.main(["run", *SETTINGS, *same]) == 0
+    lost = {Path("observations/round_00002/client_00002.safetensors"), Path("clients/client_00002/round_000002.safetensors")}
+    for kind, count in (("observations", 8), ("clients", 6)):
+        files = {path.relative_to(tmp_path / "inline") for path in (tmp_path / "inline" / kind).rglob("*.safetensors")}
+        assert len(files) == count
+        assert {path.relative_to(deployed.path) for path in (deployed.path / kind).rglob("*.safetensors")} == files - lost
+        for file in sorted(files - lost):
+            assert bytes_in(deployed.path / file) == bytes_in(tmp_path / "inline" / file), file
+
+
+@pytest.mark.parametrize(
+    ("who", "says"),
+    [
+        ("wrong key", "Failed to activate SuperNode"),
+        ("no key", "All SuperNodes must be registered"),
+        ("no TLS", "Server disconnected without sending a response"),
+        ("a key without TLS", "SuperNode authentication requires a"),
+        ("another authority", "certificate verify failed"),
+    ],
+)
+def test_a_stranger_is_refused(deployed, who, says):
+    assert says in deployed.logs[who]
+    assert "Receiving" in deployed.logs["node-0"]
+    assert "Receiving" not in deployed.logs[who]
+
+
+WEAK = ("other words, the same signature", "a task for anybody")
+
+
+def test_flower_still_has_the_weak_points_that_the_threat_model_names(deployed):
+    assert {deployed.answers[name].status_code for name in WEAK} == {200}
+
+
+def test_what_was_sent_before_is_of_no_use_to_send_again(deployed):
+    codes = {name: deployed.answers[name].status_code for name in deployed.answers if name not in WEAK}
+    assert codes.pop("at once") == 200  # Flower takes it for the same reply: it is not counted twice, see the captures and this:
+    assert list(RunFolder(deployed.path).rounds()["clients"]) == [0, 3, 2]
+    assert codes.pop("when the run is over") >= 400
+    assert set(codes) == {"after five minutes", "in another's name", "with another time", "a fleet for nobody"}
+    assert set(codes.values()) == {401}
+
+
+def test_a_round_in_which_a_node_is_killed_ends_with_the_others_and_says_so(deployed):
+    assert deployed.code == 0
+    rounds = RunFolder(deployed.path).rounds()
+    assert list(rounds["failures"]) == [0, 0, 1]
+    assert "round 2: a client failed and is left out: client 2: " in (deployed.path / "log.txt").read_text()
+    assert "SuperNode 2 has ended: signal 9" in deployed.printed
+    assert "round    2/2" in deployed.printed
+
+
+def test_nothing_is_left_of_a_deployment(deployed):
+    assert len(deployed.family) >= 6  # SuperLink, two SuperNodes, a helper of each
+    assert not deployed.family & deploy.processes()
+    assert deployed.mode == 0o700
+    assert not deployed.folder.exists()
+
+
+def test_a_deployed_runs_folder_is_an_ordinary_one(deployed, capsys):
+    assert cli.main(["attack", str(deployed.path), "attack=dlg", "attack.evaluations=3", "attacker=naive"]) == 0
+    assert len(RunFolder(deployed.path).leaks()) == 5
+    assert cli.main(["deploy", "--resume", str(deployed.path)]) == 0
+    assert "is finished: all 2 rounds are there" in capsys.readouterr().out
+    assert cli.main(["deploy", "--resume", str(deployed.path), "rounds=3"]) == 2
+    assert "leave out rounds=3" in capsys.readouterr().err
+
+
+# The app, in this process ---------------------------------------------------------------------------------------------------------
+
+
+def on_this_process(run_config: Mapping[str, Any], nodes: int, own: Mapping[str, Any], run_id: int = 7) -> None:
+    """Runs server and clients of the app as a SuperLink would, without one."""
+    told = {**app.RUN_CONFIG, **run_config}
+    grid = InlineGrid(app.client, nodes)
+    for node in grid.get_node_ids():
+        grid._contexts[node] = Context(run_id, node, {"partition-id": node - 2, **own}, RecordDict(), told)
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, 1, 1
+    try:
+        app.server(grid, Context(run_id, 1, {}, RecordDict(), told))
+    finally:
+        grid.close()
+
+
+def told(settings: Sequence[str]) -> dict[str, str]:
+    return {"overrides": shlex.join(["federation.clients=3", "federation.per_round=3", *settings])}
+
+
+def test_the_app_runs_what_its_overrides_say_and_goes_on_where_it_stopped(tmp_path):
+    out = f"out={tmp_path / 'with spaces'}"
+    on_this_process(told([*SETTINGS, out]), 3, {"memory": str(tmp_path / "own")}, run_id=11)
+    folder = RunFolder.open(tmp_path / "with spaces" / "run-11")  # a run without a name bears Flower's number
+    assert list(folder.rounds()["round"]) == [0, 1, 2]
+    kept = sorted(str(path.relative_to(tmp_path / "own")) for path in (tmp_path / "own").rglob("*.safetensors"))
+    assert kept == [f"run-11/clients/client_0000{i}/round_00000{round}.safetensors" for i in range(3) for round in (1, 2)]
+    # Stopped after round 1: what came after is dropped, done again, and the same.
+    before = folder.checkpoint()
+    half = [*SETTINGS, out, "rounds=1", "name=half"]
+    on_this_process(told(half), 3, {"memory": str(tmp_path / "own")})
+    config = json.loads((tmp_path / "with spaces" / "half" / "config.json").read_text())
+    with pytest.raises(RunError, match="was run with other settings"):
+        on_this_process(told([*half[:-2], "name=half"]) | {"resume": True}, 3, {"memory": str(tmp_path / "own")})
+    config["rounds"] = 2
+    (tmp_path / "with spaces" / "half" / "config.json").write_text(json.dumps(config))
+    on_this_process({"config": json.dumps(config), "resume": True}, 3, {"memory": str(tmp_path / "own")})
+    after = RunFolder(tmp_path / "with spaces" / "half").checkpoint()
+    assert before is not None
+    assert after is not None
+    assert_same(after.tensors, before.tensors)
+
+
+@pytest.mark.parametrize("name", ["../up", "/etc", "a/b", "..", ".", "", "a\\b", "C:x", "a\0b"])
+def test_a_servers_name_for_a_run_leads_nowhere_but_below_the_clients_own_folder(name, tmp_path):
+    config = compose([app.ENGINE]) | {"name": name}
+    run_config = {**app.RUN_CONFIG, "config": json.dumps(config)}
+    context = Context(7, 2, {"partition-id": 0, "memory": str(tmp_path / "own")}, RecordDict(), run_config)
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 1, 1
+    with pytest.raises(ConfigError, match="is no name of a folder"):
+        app.client(Message(RecordDict(), dst_node_id=2, message_type="query"), context)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_client_reads_its_own_data_whatever_the_servers_path(monkeypatch):
+    monkeypatch.delenv("FEDSIM_DATA", raising=False)
+    config = compose([app.ENGINE, "data=cifar10", "data.root=/etc"])
+
+    def root(config: dict[str, Any], **own: str) -> object:
+        return app.client_config(Context(7, 2, {**own}, RecordDict(), {**app.RUN_CONFIG, "config": json.dumps(config)}))["data"][
+            "root"
+        ]
+
+    with pytest.raises(ConfigError, match="this SuperNode has no data"):
+        root(config)
+    assert root(config, **{"data-root": "/mine"}) == "/mine"
+    monkeypatch.setenv("FEDSIM_DATA", "/mine/too")
+    assert root(config) == "/mine/too"
+    with pytest.raises(ConfigError, match="this SuperNode has no data"):  # sentences would be drawn in place of the file's
+        root(compose([app.ENGINE, "setting=text", "data.root=/etc/passwd"]))
+    assert root(compose([app.ENGINE])) == "/mine/too"
+
+
+class Deaf:
+    """A grid on which client 2 answers nothing in round 1, and is reported lost by the SuperLink in round 2."""
+
+    def __init__(self, grid: InlineGrid) -> None:
+        self.grid, self.timeouts, self.lost, self.asked = grid, [], grid.get_node_ids()[2], 0
+
+    def send_and_receive(self, messages: list[Message], *, timeout: float | None = None) -> list[Message]:
+        self.timeouts.append(timeout)
+        replies = list(self.grid.send_and_receive(messages, timeout=timeout))
+        for reply in [one for one in replies if one.metadata.message_type == "train" and one.metadata.src_node_id == self.lost]:
+            replies.remove(reply)
+            self.asked += 1
+            if self.asked == 2:
+                about = copy.copy(reply.metadata)
+                about.__dict__.update(_src_node_id=1, _dst_node_id=1)
+                replies.append(make_message(about, error=Error(ErrorCode.NODE_UNAVAILABLE, "the node is gone")))
+        return replies
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.grid, name)
+
+
+def test_who_does_not_answer_in_time_is_left_out_and_named(caplog):
+    made = config(federation=FEDSGD | {"per_round": 4})
+    grid = Deaf(InlineGrid(client_app(made), 4))
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 1, 1
+    engine = Deployment(timeout=5, grid=cast(Any, grid), context=Context(7, 1, {}, RecordDict(), {}))
+    with caplog.at_level(logging.WARNING, "fedsim"):
+        left = federate(made, engine)
+    assert [(report.clients, report.failures) for report in left.reports] == [(0, 0), (3, 1), (3, 1)]
+    warned = [record.getMessage() for record in caplog.records if record.name == "fedsim.server"]
+    assert warned == [
+        "round 1: a client failed and is left out: client 2: no reply within 5 s",
+        "round 2: a client failed and is left out: client 2: the node is gone",
+    ]
+    assert set(grid.timeouts) == {5}
+
+
+# The bundle and the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's
+def test_the_bundle_names_the_app_and_holds_no_code():
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(ROOT))) as bundle:
+        assert set(bundle.namelist()) == {"pyproject.toml", "README.md", ".info/CONTENT"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    deployed = deploy.app_project()["tool"]["flwr"]["app"]
+    assert {key: project[key] for key in deployed} == deployed
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (
+            ["deploy", "--nodes", "3", "federation.clients=4"],
+            2,
+            "federation.clients=4 takes 4 SuperNodes, and there are 3: --nodes 4",
+        ),
+        (["deploy", "--nodes", "0"], 2, "--nodes must be a whole number >= 1, got 0"),
+        (["deploy", "defense=topq"], 2, "unknown defense 'topq'"),
+        (["deploy", "engine=inline"], 2, "engine=inline runs in this process"),
+        (["run", "engine=deployment"], 2, "engine=deployment needs a SuperLink and SuperNodes: `fedsim deploy`"),
+        (["deploy", "--resume", "nowhere"], 2, "nowhere is not a run's folder"),
+        (["deploy", "engine.timeout=0"], 2, "engine.timeout must be a number > 0, got 0"),
+    ],
+)
+def test_what_cannot_be_deployed_is_said_in_one_line(words, code, says, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == code
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_by_default_all_nodes_are_clients_of_every_round():
+    for words, clients, chosen in [
+        ([], 4, 4),
+        (["setting=quickstart"], 4, 4),
+        (["federation.per_round=2"], 4, 2),
+        (["federation.clients=3"], 3, 3),
+    ]:
+        federation = deploy.configured(words, 4)["federation"]
+        assert (federation["clients"], federation["per_round"]) == (clients, chosen), words
+
+
+def test_a_traceback_is_told_in_one_line_and_what_the_run_prints_is_shown():
+    shown = ["none on synthetic", "  attacker  honest", "  round 1/2"]
+    told = ["Traceback (most recent call last):", '  File "server.py"', "    raise", "fedsim.errors.FederationError: no reply: why"]
+    lines = ["INFO :      Start", *shown[:2], *told, "", shown[2], "An unhandled exception occurred in the ServerApp."]
+    assert [lines[i] for i in range(len(lines)) if deploy.is_ours(lines[: i + 1])] == shown
+    assert deploy.reason(lines) == "no reply: why"
+
+
+def test_a_missing_command_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main(["deploy", *SETTINGS, f"out={tmp_path}"]) == 1
+    assert f"flower-superlink is not beside {tmp_path / 'python'}, nor on the path" in capsys.readouterr().err
+
+
+def test_a_busy_port_is_named_and_nothing_is_left(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setattr(deploy, "_free_port", lambda: taken.getsockname()[1])
+        assert cli.main(["deploy", *SETTINGS, f"out={tmp_path / 'runs'}"]) == 1
+    error = capsys.readouterr().err
+    assert "superlink ended before it was ready: " in error
+    assert "address already in use" in error
+    assert not list(tmp_path.glob("fedsim-deploy-*"))
