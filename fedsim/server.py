@@ -284,12 +284,14 @@ class MeteredStrategy(Forwarding):
 
     bytes_down, bytes_up  payload of the last round's training messages and replies, and of what else was asked in it
     replies, failures     how many clients sent an update, and how many did not or failed
+    left_out              nodes of those that did not or failed
     train_metrics, evaluate_metrics  what the clients reported, averaged by `inner`
     """
 
     def __init__(self, inner: Strategy) -> None:
         super().__init__(inner)
         self.bytes_down = self.bytes_up = self.replies = self.failures = 0
+        self.left_out: list[int] = []
         self._asked: set[int] = set()
         self._training = False
         self.train_metrics: MetricRecord | None = None
@@ -311,6 +313,7 @@ class MeteredStrategy(Forwarding):
                 log.warning("round %d: a client failed and is left out: %s", server_round, reply.error.reason)
         self.replies = len(answers)
         self.failures = len(self._asked) - len(answers)
+        self.left_out = sorted(self._asked - {reply.metadata.src_node_id for reply in answers})
         self.receives(replies)
         if not answers and self._training:
             why = next((reply.error.reason for reply in replies if reply.has_error()), "no reply came in time")

@@ -33,6 +33,42 @@ def build(node: Mapping[str, Any], **more: Any) -> Any:
     return instantiate(dict(node), _convert_="all", **more)
 
 
+# Where a configuration that was found on disk may take its classes from, and where its functions.
+CLASSES = ("attacks", "defenses", "fedsim", "flwr.serverapp.strategy")
+FUNCTIONS = ("attacks", "defenses", "fedsim.models")
+
+
+def check_targets(node: Any) -> None:
+    """Raises ValueError for a `_target_` that is none of the project's own choices: building another could run any code."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            _check_target(str(node["_target_"]))
+        for value in node.values():
+            check_targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            check_targets(value)
+
+
+@functools.lru_cache
+def _check_target(name: str) -> None:
+    from hydra.utils import get_object
+
+    told = f"_target_ {name!r} is none of the classes of {', '.join(CLASSES)}: put your own into attacks/ or defenses/"
+    if not _below(name, CLASSES):
+        raise ValueError(told)
+    try:
+        made = get_object(name)
+    except Exception as error:  # what hydra makes of a name that is not there
+        raise ValueError(f"_target_ {name!r} cannot be found: {' '.join(str(error).split())}") from None
+    if not _below(getattr(made, "__module__", ""), CLASSES if isinstance(made, type) else FUNCTIONS):
+        raise ValueError(told)
+
+
+def _below(name: str, packages: Sequence[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
 @dataclass(frozen=True, eq=False)
 class Setup:
     """What a configuration stands for.

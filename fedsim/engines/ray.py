@@ -27,5 +27,6 @@ class Ray:
         """Runs the apps to their end."""
         from flwr.simulation import run_simulation
 
-        resources: Any = {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        # A worker that is killed is started again, and does again what it was at: Flower would hand work to the dead one on and on.
+        resources: Any = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": -1, "max_task_retries": 1}
         run_simulation(server, client, clients, backend_config={"client_resources": resources})
