@@ -156,12 +156,13 @@ class RunFolder:
         every = (*sorted(folder.glob("client_*.safetensors")), *folder.glob(f"{_sender(SUM)}.safetensors"))
         for path in every if client is None else (folder / f"{_sender(client)}.safetensors",):
             tensors, about = _load(path)
-            packets = _group(tensors, "packets")
+            packets, params = _group(tensors, "packets"), _group(shared, "params")
             try:
+                order = json.loads(about["order"])  # tensor files keep none, and a sum over layers depends on it
                 seen.append(
                     Observation(
-                        params=_group(shared, "params"),
-                        packets={name: from_bytes(packets[name].numpy().tobytes()) for name in json.loads(about["order"])},
+                        params={name: params[name] for name in order},
+                        packets={name: from_bytes(packets[name].numpy().tobytes()) for name in order},
                         num_examples=int(about["num_examples"]),
                         round=int(about["round"]),
                         client=int(about["client"]),
@@ -393,9 +394,7 @@ def check_no_links(folder: Path) -> None:
     for where, folders, files in os.walk(folder):
         for name in (*folders, *files):
             if os.path.islink(path := os.path.join(where, name)):
-                raise RunError(
-                    f"{path} is a link, and what a run writes must stay in its folder: remove it, or put there what it names"
-                )
+                raise RunError(f"{path} is a link, and a run writes into its own folder only: put there what the link names")
 
 
 def iterate(folders: Iterable[Path]) -> list[RunFolder]:

@@ -4,6 +4,7 @@ The names of Flower used here that are not public are all in this file: the type
 the codes of errors, and the place of a message's id.
 """
 
+import errno
 import logging
 import os
 import uuid
@@ -24,6 +25,7 @@ from fedsim.setup import one_thread
 
 log = logging.getLogger(__name__)
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _SERVER = 1  # Flower's node id of the server; client i is node i + 2
 
 
@@ -71,6 +73,8 @@ class InlineGrid(Grid):
         try:
             reply = self._app(message, self._context(message.metadata.dst_node_id))
         except Exception as error:  # whatever a client's code raises is that client's failure, reported as Flower does
+            if isinstance(error, OSError) and error.errno in _DISK:
+                raise  # in this process its disk is the run's: on without it, the run would not be the one that was asked for
             log.exception("client %d failed", message.metadata.dst_node_id - _SERVER - 1)
             reason = f"{type(error).__name__}: {error}"
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
