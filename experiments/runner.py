@@ -336,11 +336,11 @@ def _unlogged(record: logging.LogRecord) -> None:
 
 @contextlib.contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Sends what Flower and fedsim log to the run's log; only errors reach the terminal."""
+    """Sends what Flower, attacks and fedsim log to the run's log; only errors reach the terminal."""
     handler = logging.FileHandler(path, delay=True)
     handler.handleError = _unlogged  # type: ignore[method-assign]
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = [logging.getLogger("flwr"), logging.getLogger("fedsim")]
+    loggers = [logging.getLogger("flwr"), logging.getLogger("attacks"), logging.getLogger("fedsim")]
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         for console_handler in logger.handlers:

@@ -27,6 +27,7 @@ from fedsim.records import (
     BUFFERS,
     METRICS,
     PACKETS,
+    RESTARTED,
     SENDER,
     array_of,
     arrays_of,
@@ -311,6 +312,8 @@ class MeteredStrategy(Forwarding):
         for reply in replies:
             if reply.has_error():
                 log.warning("round %d: a client failed and is left out: %s", server_round, reply.error.reason)
+            elif RESTARTED in reply.content:
+                log.warning("round %d: a worker was killed; another took its place, and did again what it was at", server_round)
         self.replies = len(answers)
         self.failures = len(self._asked) - len(answers)
         self.left_out = sorted(self._asked - {reply.metadata.src_node_id for reply in answers})

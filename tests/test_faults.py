@@ -306,32 +306,6 @@ def test_a_run_that_is_killed_twenty_times_ends_as_one_never_stopped(unbroken, t
     assert (runs[0] / "config.json").exists()
 
 
-ON_RAY = """
-import os, signal, sys, pathlib, torch, worlds
-from fedsim import client
-from fedsim.engines.ray import Ray
-folder = pathlib.Path(sys.argv[1])
-train = client.pack
-
-def killed_once(update):
-    if not (folder / "killed").exists():
-        (folder / "killed").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return train(update)
-
-def app(config, memory=None, made=client.client_app):
-    from fedsim import client
-    client.pack = killed_once
-    return made(config, memory)
-
-from fedsim import federation
-federation.client_app = app
-left = worlds.federate(worlds.config(defense=worlds.TOPK_EF), Ray(cpus=os.cpu_count() or 1), memory=folder / "memory")
-torch.save(left.weights, folder / "weights.pt")
-print("failures", [report.failures for report in left.reports])
-"""
-
-
 # Folders that mean harm -----------------------------------------------------------------------------------------------------------
 
 
