@@ -17,6 +17,7 @@ import torch
 
 from attacks import GradientMatching, Rehearsed, adapted
 from attacks.hidden_noise import hidden_noises
+from attacks.metrics import WINDOW
 from experiments import scoring
 from experiments.card import GUESS, card, defended, guarantee_of, images_behind, obstacles
 from experiments.config import Config, ConfigError, build_checked, contender, label
@@ -63,6 +64,8 @@ def check_config(config: Config) -> None:
             whole(f"data.{size}", data[size])
     if data.get("side") is not None:
         whole("data.side", data["side"], 8, 512)
+        if attack is not None and data["side"] < WINDOW:
+            raise ConfigError(f"data.side must be at least {WINDOW}, SSIM's window, for an attack to be scored, got {data['side']}")
     shape, classes = ((16,), 400) if data["name"] == "text" else (image_shape(data["name"], data.get("side")), 10)
     build_checked("model", config["model"], image_shape=shape, num_classes=classes)
     if data.get("train_size") is not None and data["train_size"] < clients:

@@ -134,6 +134,8 @@ def planned(defense: Defense, exposures: Sequence[Exposure]) -> Defense:
 
 def device_of(name: str) -> torch.device:
     """`auto` is the GPU if there is one; anything else is a torch device name. Raises ValueError for one that is not there."""
+    if not isinstance(name, str):
+        raise ValueError(f"device must be a name, such as auto or cpu, got {name!r}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
