@@ -162,6 +162,7 @@ def server_app(
             tensors = tensors_of(arrays)
             if number % evaluation.every == 0 or number == rounds:
                 accuracy, loss = _evaluate(setup, {name: t.to(setup.device) for name, t in tensors.items()}, pool)
+            left_out = set(metered.left_out)
             report = Round(
                 round=number,
                 accuracy=accuracy,
@@ -174,7 +175,7 @@ def server_app(
                 bytes_up_dense=dense * metered.replies,
                 bytes_down=metered.bytes_down,
                 seconds=time.perf_counter() - clock,
-                left_out=" ".join(str(client) for client, node in enumerate(nodes) if node in set(metered.left_out)),
+                left_out=" ".join(str(client) for client, node in enumerate(nodes) if node in left_out),
             )
             finished(report, Checkpoint(number, tensors, *strategy_state(inner)))
             clock = time.perf_counter()

@@ -46,6 +46,7 @@ from fedsim.wire import from_bytes
 log = logging.getLogger(__name__)
 
 LARGEST = 1e10  # entry of an update: sums of squares of such are still finite in float32
+ASKED = 500  # nodes at a time which client they are; messages take memory
 MOST_EXAMPLES = 10**9  # a client may claim
 
 
@@ -415,9 +416,11 @@ def nodes_by_client(grid: Grid, clients: int, timeout: float = 600.0) -> list[in
         if time.monotonic() > until:
             raise FederationError(f"{len(nodes)} of {clients} clients connected within {timeout:.0f} s")
         time.sleep(0.05)
-    asked = [Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes]
-    replies = [reply for reply in grid.send_and_receive(asked, timeout=max(1.0, until - time.monotonic())) if reply.has_content()]
-    found = {_sender(reply): reply.metadata.src_node_id for reply in replies}
+    found: dict[int, int] = {}
+    for first in range(0, len(nodes), ASKED):
+        asked = [Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes[first : first + ASKED]]
+        replies = grid.send_and_receive(asked, timeout=max(1.0, until - time.monotonic()))
+        found |= {_sender(reply): reply.metadata.src_node_id for reply in replies if reply.has_content()}
     if missing := [client for client in range(clients) if client not in found]:
         raise FederationError(f"no answer from client {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}")
     return [found[client] for client in range(clients)]

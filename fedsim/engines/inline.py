@@ -71,7 +71,10 @@ class InlineGrid(Grid):
         # Strategies put one content object into all messages of a round; each client gets its own.
         message.content = RecordDict(dict(message.content.items()))
         try:
-            reply = self._app(message, self._context(message.metadata.dst_node_id))
+            context = self._context(message.metadata.dst_node_id)
+            reply = self._app(message, context)
+            if not context.state:  # most clients keep nothing here, and there may be very many
+                self._contexts.pop(message.metadata.dst_node_id, None)
         except Exception as error:  # whatever a client's code raises is that client's failure, reported as Flower does
             if isinstance(error, OSError) and error.errno in _DISK:
                 raise  # in this process its disk is the run's: on without it, the run would not be the one that was asked for
