@@ -30,7 +30,7 @@ from fedsim.observation import Observation
 from fedsim.run import RunError, RunFolder
 from fedsim.secure_rounds import check_averages
 from fedsim.seeding import generator
-from fedsim.setup import Setup, device_of, one_thread, setup_of
+from fedsim.setup import Setup, check_targets, device_of, one_thread, setup_of
 from fedsim.tap import Tap
 
 VIEWS = 16  # rounds of one client that are held together; each costs as much as the first
@@ -45,6 +45,7 @@ def check_config(config: Config) -> None:
     whole("seed", config["seed"], 0)
     one_of("attacker", config.get("attacker", "naive"), ATTACKERS)
     device_of(config["device"])
+    check_targets(config)
     for group in ("federation", "partition", "server", "defense", "inspect", "aggregation", "engine", "tap", "evaluate"):
         if group in config:  # folders of earlier versions have no server, no inspect and no aggregation
             build_checked(group, config[group])

@@ -89,7 +89,7 @@ def outcome(overrides: list[str], folder: Path) -> str:
     return said
 
 
-@settings(max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.randoms(use_true_random=False))
 def test_any_configuration_runs_or_is_refused_in_one_line_that_names_the_setting(chance):
     overrides = drawn(chance)
