@@ -238,14 +238,17 @@ class RunFolder:
             shards.unlink()
             said.append(f"{flaw}: it is made again")
         if flaw := self._flaw_of(LEAKS, read_table):
-            said.append(f"{flaw}: what it had is attacked again, but by the attacks of `fedsim attack`")
+            said.append(f"{flaw}: the run's own attacks are repeated where rows are lost, those of `fedsim attack` are not")
             if leaks := self._versions(LEAKS, read_table):
                 os.replace(leaks[0][0], self.path / LEAKS)
             else:
-                (self.path / LEAKS).unlink()
+                (self.path / LEAKS).unlink(missing_ok=True)
         checkpoints, tables = self._versions(CHECKPOINT, _checkpoint_in), self._versions(ROUNDS, read_table)
-        if not checkpoints and not (self.path / CHECKPOINT).exists():
-            return said  # the first round was never finished: all begins again
+        if not checkpoints and not (self.path / CHECKPOINT).exists():  # nothing was ever finished: all begins again
+            if flaw := self._flaw_of(ROUNDS, read_table):
+                said.append(f"{flaw}: the run begins again")
+                (self.path / ROUNDS).unlink(missing_ok=True)
+            return said
         named = [flaw for name, read in ((CHECKPOINT, _checkpoint_in), (ROUNDS, read_table)) if (flaw := self._flaw_of(name, read))]
         for checkpoint, state in checkpoints:
             forgotten = [flaw for file in self._remembered(state.round) if (flaw := _flaw(read_tensors, file))]

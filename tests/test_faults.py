@@ -156,6 +156,16 @@ def test_a_damaged_run_goes_on_from_its_last_good_state_to_the_same_end(damage, 
             assert f"{path} is {'missing' if harm is Path.unlink else 'damaged'}" in log
 
 
+def test_a_run_whose_first_round_was_never_finished_begins_again(unbroken, copied):
+    for name in ("checkpoint.safetensors", "before/checkpoint.safetensors", "before/rounds.parquet", "before/leaks.parquet"):
+        (copied / name).unlink()
+    for name in ("rounds.parquet", "leaks.parquet"):
+        halved(copied / name)
+    folder = RunFolder.open(copied)
+    runner.resume(folder)
+    assert_same_folder(folder, unbroken)
+
+
 def test_a_run_without_any_good_state_says_which_files_are_damaged_and_is_left_alone(copied, capsys):
     for path in (copied / "checkpoint.safetensors", copied / "before" / "checkpoint.safetensors"):
         flipped(path)
