@@ -178,6 +178,7 @@ class RunFolder:
 
     def save_reconstructions(self, attack: str, seen: Sequence[Observation], found: Sequence[Reconstruction]) -> None:
         """Saves what `attack` made of what was seen in one round, with its traces."""
+        path = self._reconstructions(attack, seen[0].round)
         tensors: dict[str, Tensor] = {}
         about: dict[str, str] = {}
         for one, made in zip(seen, found, strict=True):
@@ -188,7 +189,7 @@ class RunFolder:
             if made.trace is not None:
                 tensors |= {f"{name}/trace/{key}": t.clone() for key, t in trace_tensors(made.trace).items()}
                 about[name] = json.dumps(list(made.trace.layers))  # tensor files do not keep the order of layers
-        _save(self._reconstructions(attack, seen[0].round), tensors, about)
+        _save(path, tensors, about)
 
     def reconstructions(self, attack: str, round: int) -> dict[int, Tensor]:
         """Images (B, C, H, W) that `attack` made in `round`, by client, those of the sum under SUM."""
