@@ -28,7 +28,7 @@ from attacks.hidden_noise import as_buffers, hidden_noises, in_front_of_noise, s
 from attacks.labels import labels_behind
 from attacks.lanes import WIDTH, innermost, lanes, library
 from attacks.metrics import match
-from attacks.optimizers import LBFGS, Minima, Optimizer, Stop, minimise
+from attacks.optimizers import LBFGS, Minima, Optimizer, Pieces, Stop, minimise
 from attacks.terms import Candidates, Gap, Gradients, Observed, Prior, SquaredGap, distance
 from fedsim.defense import Belief, Explained
 from fedsim.models import Stochastic
@@ -719,4 +719,5 @@ def _cores() -> int:
 
 
 def in_chunks(compute: Callable[[Tensor, Tensor], Tensor], points: Tensor, problems: Tensor, chunk: int) -> Tensor:
-    return torch.cat([compute(p, v) for p, v in zip(points.split(chunk), problems.split(chunk), strict=True)])
+    (made,) = Pieces(lambda p, v: (compute(p, v),), chunk)(points, problems)
+    return made

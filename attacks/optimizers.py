@@ -8,6 +8,7 @@ keeps a fixed number of rows busy and hands the row of a finished problem to the
 States are consumed: `step` writes to the state it is given, because an L-BFGS memory is too large to copy.
 """
 
+import logging
 import math
 import time
 from collections import defaultdict, deque
@@ -17,6 +18,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 RUNNING, STALLED, DIVERGED = 0, 1, 2  # what a row's search is doing
 
@@ -468,6 +471,47 @@ class Minima:
         )
 
 
+@dataclass
+class Pieces:
+    """What `compute` makes of points (P, D) of problems (P,), `size` of them at a time, one behind the other.
+
+    Where memory is out, on a GPU or a CPU, it goes on with half as many at a time, and says so. That changes nothing but how sums
+    of floats are rounded, since problems do not interact; those that do stand `unit` together.
+    """
+
+    compute: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    size: int
+    unit: int = 1
+
+    def __call__(self, points: Tensor, problems: Tensor) -> tuple[Tensor, ...]:
+        while (made := self._tried(points, problems)) is None:  # out of the handler, which holds what was computed so far
+            torch.cuda.empty_cache()
+        return made
+
+    def _tried(self, points: Tensor, problems: Tensor) -> tuple[Tensor, ...] | None:
+        try:
+            pieces = zip(points.split(self.size), problems.split(self.size), strict=True)
+            parts = [self.compute(p, v) for p, v in pieces]
+            return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        except (RuntimeError, MemoryError) as error:
+            self.size = _halved(error, min(self.size, len(points)), self.unit)
+            return None
+
+
+def _halved(error: Exception, size: int, unit: int) -> int:
+    """Half of `size` problems at a time, at least `unit`. Raises `error` if it is another one, or there is nothing to halve."""
+    if not _out_of_memory(error) or size <= unit:
+        raise error
+    half = max(unit, size // 2 // unit * unit)
+    log.warning("no memory for %d problems at a time: going on with %d", size, half)
+    return half
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error is a GPU's, Python's, or torch's on a CPU, which raises a RuntimeError like any other."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def minimise(
     evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     starts: Tensor,
@@ -504,12 +548,20 @@ def minimise(
 
     waiting = deque(range(v * r) if together else range(0, v * r, r))
     chunk = max(r, chunk // r * r) if together else chunk
+    pieces = Pieces(evaluate, chunk, r if together else 1)
     owner = torch.tensor([waiting.popleft() for _ in range(min(chunk, len(waiting)))], dtype=torch.int64, device=device)
     spent, since = torch.zeros_like(owner), torch.zeros_like(owner)
     last = flat.new_full((len(owner),), math.inf)
-    state, finished = optimizer.start(project(flat[owner])), 0
+    state, finished = None, 0
+    while state is None:
+        try:
+            state = optimizer.start(project(flat[owner]))
+        except (RuntimeError, MemoryError) as error:
+            few = _halved(error, len(owner), pieces.unit)
+            waiting.extendleft(reversed(owner[few:].tolist()))
+            owner, spent, since, last = owner[:few], spent[:few], since[:few], last[:few]
     while len(owner):
-        loss, gradient = evaluate(state.trial, owner // r)
+        loss, gradient = pieces(state.trial, owner // r)
         if blocks is not None:
             gradient = gradient * blocks[(spent // turn) % len(blocks)]
         before = state.loss.clone()

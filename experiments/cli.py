@@ -186,22 +186,20 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     _quiet()
     from experiments import runner
-    from fedsim.files import write_bytes
+    from fedsim.files import write_json
 
     for config in configs:
         runner.check_config(config)
     base = Path(configs[0]["out"]) / (configs[0]["name"] or _name(configs, arguments.multirun))
     if not arguments.multirun:
         return _finish([runner.start(configs[0], base, arguments.command_line)], base / "figures")
-    import json
-
     from fedsim.run import RunError
 
     if base.exists():
         raise RunError(f"{base} exists already: choose another name=, or resume it with --resume {base}")
     names = cell_names(configs)
     plan = {"command": arguments.command_line, "cells": dict(zip(names, configs, strict=True))}
-    write_bytes(base / "multirun.json", json.dumps(plan, indent=2).encode())
+    write_json(base / "multirun.json", plan)
     return _multirun(base)
 
 
@@ -248,13 +246,17 @@ def _deploy(arguments: argparse.Namespace) -> int:
 
 
 def _multirun(base: Path) -> int:
-    import json
-
     from experiments import runner
     from experiments.progress import console
-    from fedsim.run import RunFolder
+    from fedsim.files import read_json
+    from fedsim.run import RunError, RunFolder, check_no_links, is_name
+    from fedsim.setup import check_targets
 
-    plan = json.loads((base / "multirun.json").read_text())
+    check_no_links(base)
+    plan = read_json(base / "multirun.json")
+    check_targets(plan["cells"])
+    if odd := [name for name in plan["cells"] if not is_name(name)]:
+        raise RunError(f"{base / 'multirun.json'}: {odd[0]!r} is not the name of a folder in {base}")
     folders = []
     for number, (name, config) in enumerate(plan["cells"].items(), 1):
         console.rule(f"{number}/{len(plan['cells'])}  {name}", align="left")

@@ -58,8 +58,9 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> Config:
             config: Any = OmegaConf.to_container(composed, resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
             if "Could not override 'model/bottleneck'" in str(error):
-                way_out = "this one has no place for it: take model=lenet, or defense=none"
-                raise ConfigError(f"defense={chosen['defense']} stands in the model, and {way_out}") from None
+                way_out = "this one has no place for it: take model=lenet, or leave it out"
+                asked = next(group for group in ("model/bottleneck", "defense", "setting") if group in chosen)
+                raise ConfigError(f"{asked}={chosen[asked]} stands in the model, and {way_out}") from None
             raise ConfigError(" ".join(str(error).split())) from None
     config["choices"] = {group: named.get(group, chosen.get(group)) for group in GROUPS if group != "model/init"}
     return config

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from attacks import GradientMatching, Rehearsed, adapted
 from attacks.hidden_noise import hidden_noises
+from attacks.metrics import WINDOW
 from experiments import scoring
 from experiments.card import GUESS, card, defended, guarantee_of, images_behind, obstacles
 from experiments.config import Config, ConfigError, build_checked, contender, label
@@ -28,10 +30,10 @@ from fedsim.engines.deployment import Deployment
 from fedsim.engines.inline import Inline
 from fedsim.federation import Checkpoint, Engine, Round
 from fedsim.observation import Observation
-from fedsim.run import RunFolder
+from fedsim.run import RunError, RunFolder
 from fedsim.secure_rounds import check_averages
 from fedsim.seeding import generator
-from fedsim.setup import Setup, device_of, one_thread, setup_of
+from fedsim.setup import Setup, check_targets, device_of, one_thread, setup_of
 from fedsim.tap import Tap
 
 VIEWS = 16  # rounds of one client that are held together; each costs as much as the first
@@ -46,6 +48,7 @@ def check_config(config: Config) -> None:
     whole("seed", config["seed"], 0)
     one_of("attacker", config.get("attacker", "naive"), ATTACKERS)
     device_of(config["device"])
+    check_targets(config)
     for group in ("federation", "partition", "server", "defense", "inspect", "aggregation", "engine", "tap", "evaluate"):
         if group in config:  # folders of earlier versions have no server, no inspect and no aggregation
             build_checked(group, config[group])
@@ -65,6 +68,8 @@ def check_config(config: Config) -> None:
             whole(f"data.{size}", data[size])
     if data.get("side") is not None:
         whole("data.side", data["side"], 8, 512)
+        if attack is not None and data["side"] < WINDOW:
+            raise ConfigError(f"data.side must be at least {WINDOW}, SSIM's window, for an attack to be scored, got {data['side']}")
     shape, classes = ((16,), 400) if data["name"] == "text" else (image_shape(data["name"], data.get("side")), 10)
     build_checked("model", config["model"], image_shape=shape, num_classes=classes)
     if data.get("train_size") is not None and data["train_size"] < clients:
@@ -140,11 +145,12 @@ def resume(folder: RunFolder, engine: Engine | None = None) -> RunFolder:
     one_thread()
     engine = engine or _engine(folder.config)
     setup = setup_of(folder.config)
+    mended = folder.mend()
     checkpoint = folder.checkpoint()
     folder.rewind(-1 if checkpoint is None else checkpoint.round)
-    if checkpoint is None:
+    if not (folder.path / "partition.safetensors").exists():
         folder.save_partition(setup.shards)  # it may have been stopped before it had one
-    _go(setup, folder, checkpoint, engine)
+    _go(setup, folder, checkpoint, engine, mended)
     return folder
 
 
@@ -156,8 +162,12 @@ def _engine(config: Config) -> Engine:
 
 
 def finished(folder: RunFolder) -> bool:
-    """Whether all rounds of a run are done, and all its attacks."""
-    checkpoint = folder.checkpoint()
+    """Whether all rounds of a run are done, and all its attacks; not of a damaged folder, which `resume` mends."""
+    try:
+        checkpoint = folder.checkpoint()
+        folder.rounds(), folder.leaks()
+    except RunError:
+        return False
     if checkpoint is None or checkpoint.round < folder.config["rounds"]:
         return False
     setup = setup_of(folder.config)
@@ -179,13 +189,16 @@ def _victims(attacker: Attacker, seen: Sequence[Observation]) -> list[Observatio
     return [one for one in seen if not (attacker.adaptive and one.masked)]
 
 
-def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None, engine: Engine) -> None:
+def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None, engine: Engine, mended: Sequence[str] = ()) -> None:
     config = folder.config
     tap: Tap = build_checked("tap", config["tap"])
     mine = _attackers(setup, config)
     show_card(setup, config)
     done = 0 if checkpoint is None else checkpoint.round
     with _logged(folder.path / "log.txt"), Progress(config["rounds"], done) as progress:
+        for line in mended:
+            logging.getLogger("fedsim").warning(line)
+            console.print(f"  {line}", style="yellow", markup=False)
 
         def listen(seen: list[Observation]) -> None:
             folder.save_observations(seen)
@@ -210,7 +223,9 @@ def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None, engine: 
                 memory=folder.path / "clients",
             )
         for attacker in mine:
-            if rounds := _unattacked(folder, attacker):
+            left = _unattacked(folder, attacker)
+            # Of rows that were lost, each round is attacked by itself, as it was when it was live.
+            for rounds in ([round] for round in left) if tap.when == "live" else [left] if left else []:
                 seen = [one for round in rounds for one in folder.observations(round)]
                 progress.leaks(_attack(setup, folder, attacker, seen, progress))
     console.print(f"  {progress.leak()}; {folder.path}")
@@ -255,20 +270,36 @@ def with_history(setup: Setup, folder: RunFolder, seen: Sequence[Observation]) -
     """
     tap: Tap = build_checked("tap", folder.config["tap"])
     remembered, draws = bool(setup.defense.init(seen[0].update)), bool(hidden_noises(setup.model()))
-    observed, told = folder.observed_rounds(), []
+    observed, unheard, told = folder.observed_rounds(), _unheard(folder), []
+
+    def follows(client: int, since: int, round: int) -> bool:
+        """Whether nothing was missed of a client between two rounds: not even a reply that was left out, which it remembers."""
+        return round == 1 or (tap.follows(client) and not any(since < one < round for one in unheard.get(client, ())))
+
     for one in seen:
-        follows = tap.follows(one.client)
         whole = not draws and scoring.knowledge(setup, one.num_examples, len(one.clients)).same_images
-        most = VIEWS - 1 if whole else 1 if remembered and follows else 0
+        most = VIEWS - 1 if whole else 1 if remembered and tap.follows(one.client) else 0
         rounds = [round for round in observed if round < one.round and folder.saw(round, one.client)]
         previous: Observation | None = None
         for i, round in enumerate(rounds[-most:] if most else []):
             (earlier,) = folder.observations(round, one.client)
             alone = i == 0 and len(rounds) > most
-            previous = dataclasses.replace(earlier, previous=previous, followed=earlier.round == 1 or (follows and not alone))
+            since = 0 if previous is None else previous.round
+            followed = follows(one.client, since, round) and (round == 1 or not alone)
+            previous = dataclasses.replace(earlier, previous=previous, followed=followed)
         missed = len(rounds) > 0 and previous is None
-        told.append(dataclasses.replace(one, previous=previous, followed=one.round == 1 or (follows and not missed)))
+        followed = follows(one.client, 0 if previous is None else previous.round, one.round) and (one.round == 1 or not missed)
+        told.append(dataclasses.replace(one, previous=previous, followed=followed))
     return told
+
+
+def _unheard(folder: RunFolder) -> dict[int, set[int]]:
+    """By client, the finished rounds in which it was asked and its reply was left out; earlier versions did not tell."""
+    rounds, found = folder.rounds(), defaultdict[int, set[int]](set)
+    for round, clients in zip(rounds["round"], rounds["left_out"], strict=True) if "left_out" in rounds else ():
+        for client in clients.split():
+            found[int(client)].add(int(round))
+    return found
 
 
 def spent(setup: Setup, round: int) -> dict[str, float]:
@@ -315,12 +346,20 @@ def environment(setup: Setup, command: str) -> dict[str, Any]:
     }
 
 
+def _unlogged(record: logging.LogRecord) -> None:
+    """A log that cannot be written stops the run as any file does, where Python would print a traceback for each line."""
+    error = sys.exception()
+    assert error is not None
+    raise error
+
+
 @contextlib.contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Sends what Flower and fedsim log to the run's log; only errors reach the terminal."""
+    """Sends what Flower, attacks and fedsim log to the run's log; only errors reach the terminal."""
     handler = logging.FileHandler(path, delay=True)
+    handler.handleError = _unlogged  # type: ignore[method-assign]
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = [logging.getLogger("flwr"), logging.getLogger("fedsim")]
+    loggers = [logging.getLogger("flwr"), logging.getLogger("attacks"), logging.getLogger("fedsim")]
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         for console_handler in logger.handlers:
@@ -331,7 +370,8 @@ def _logged(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        loggers[-1].exception("the run stopped")
+        with contextlib.suppress(OSError):  # of a full disk: what is raised says the same
+            loggers[-1].exception("the run stopped")
         raise
     finally:
         for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):

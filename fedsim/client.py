@@ -1,7 +1,6 @@
 """The client: batch → inspection → local update → defense → reply. It knows nothing of eavesdroppers."""
 
 import contextlib
-import json
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -11,12 +10,11 @@ from pathlib import Path
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedsim.defense import State, hooks_of
-from fedsim.files import write_bytes, write_with
+from fedsim.files import read_tensors, write_json, write_tensors
 from fedsim.inspection import Finding, Inspection, Refused
 from fedsim.records import ARRAYS, CONFIG, METRICS, SENDER, client_of, reply_of, tensors_of
 from fedsim.secure_aggregation import Secure
@@ -98,8 +96,9 @@ def client_app(
     return app
 
 
-# A defense's memory is the client's own and lives on the client's own disk, one file for each round it took part in. Two are kept:
-# the newest, and the one before it, which is the right one again if the run is resumed from the round before.
+# A defense's memory is the client's own and lives on the client's own disk, one file for each round it took part in. Three are
+# kept: the newest, the one before it, which is the right one again if the run is resumed from the round before, and one more for a
+# run whose last checkpoint is damaged.
 
 
 def _state_files(memory: str, client: int) -> list[Path]:
@@ -113,16 +112,18 @@ def _recall(memory: str | None, client: int, round: int, setup: Setup, like: Upd
     if memory is None:
         raise ValueError(f"{setup.defense!r} has a memory, but the client was given no folder to keep it in")
     earlier = [path for path in _state_files(memory, client) if _round(path) < round]
-    return load_file(earlier[-1], device=str(setup.device)) if earlier else fresh
+    if not earlier:
+        return fresh
+    state, _ = read_tensors(earlier[-1])
+    return {name: t.to(setup.device) for name, t in state.items()}
 
 
 def _remember(memory: str | None, client: int, round: int, state: State) -> None:
     if not state or memory is None:
         return
-    path = Path(memory, f"client_{client:05d}", f"round_{round:06d}.safetensors")
-    write_with(path, lambda name: save_file({key: t.contiguous() for key, t in state.items()}, name))
+    write_tensors(Path(memory, f"client_{client:05d}", f"round_{round:06d}.safetensors"), state, {})
     before = [old for old in _state_files(memory, client) if _round(old) < round]
-    for old in before[:-1]:
+    for old in before[:-2]:
         old.unlink()
 
 
@@ -134,7 +135,7 @@ def _tell(memory: str | None, client: int, round: int, inspection: Inspection, f
     if memory is not None:
         about = {"round": round, "client": client, "refused": refused}
         rows = [{**about, **asdict(one), "trap": one.trap, "says": str(one)} for one in found]
-        write_bytes(Path(memory, f"client_{client:05d}", f"findings_{round:06d}.json"), json.dumps(rows, indent=2).encode())
+        write_json(Path(memory, f"client_{client:05d}", f"findings_{round:06d}.json"), {"rows": rows})
     if refused:
         raise Refused(f"client {client} refuses: {next(one for one in found if one.trap)}")
 

@@ -73,6 +73,7 @@ class Round:
     accuracy, loss      of the global model on the test set, None in rounds without evaluation
     train_loss          mean over the chosen clients, weighted by their examples
     client_accuracy     mean accuracy on the clients' own shards, None unless asked for
+    failures            clients that were asked and sent no update of this model; left_out names them, as in "2 5"
     bytes_up            payload of all updates sent, as packed, and of keys and shares where there are any
     bytes_up_dense      the same updates at 4 bytes an entry
     bytes_down          payload of all broadcasts
@@ -90,6 +91,7 @@ class Round:
     bytes_up_dense: int
     bytes_down: int
     seconds: float
+    left_out: str = ""
 
 
 def run(
@@ -167,6 +169,7 @@ def server_app(
             tensors = tensors_of(arrays)
             if number % evaluation.every == 0 or number == rounds:
                 accuracy, loss = _evaluate(setup, {name: t.to(setup.device) for name, t in tensors.items()}, pool)
+            left_out = set(metered.left_out)
             report = Round(
                 round=number,
                 accuracy=accuracy,
@@ -179,6 +182,7 @@ def server_app(
                 bytes_up_dense=dense * metered.replies,
                 bytes_down=metered.bytes_down,
                 seconds=time.perf_counter() - clock,
+                left_out=" ".join(str(client) for client, node in enumerate(nodes) if node in left_out),
             )
             finished(report, Checkpoint(number, tensors, *strategy_state(inner)))
             clock = time.perf_counter()

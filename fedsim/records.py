@@ -16,7 +16,7 @@ from fedsim.observation import Observation
 from fedsim.wire import Packet, Packets, from_bytes, nbytes, pack, parts
 
 ARRAYS, PACKETS, BUFFERS, METRICS, CONFIG, SENDER = "arrays", "packets", "buffers", "metrics", "config", "sender"
-MASKED, VECTOR = "masked", "vector"
+MASKED, VECTOR, RESTARTED = "masked", "vector", "restarted"
 
 
 def arrays_of(*tensors: Mapping[str, Tensor]) -> ArrayRecord:

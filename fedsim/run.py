@@ -6,16 +6,20 @@
     observations/round_00005/       broadcast.safetensors, and client_00003.safetensors for each client listened to, sum.safetensors
     reconstructions/dlg/            round_00005.safetensors, what an attack made of them, and how it got there if it recorded that
     checkpoint.safetensors          weights and the strategy's memory after the last finished round
+    before/                         the checkpoint and the tables as they were one writing earlier
     clients/                        the clients' own: memories of stateful defenses, and what their inspections found
     figures/, log.txt
 
 All files are written whole or not at all, and the checkpoint comes last in a round: rows and files beyond it belong to a round that
-was interrupted, and are dropped when the run is resumed.
+was interrupted, and are dropped when the run is resumed. What is read again is sealed (`fedsim/files.py`): where a checkpoint or a
+table is damaged, `RunFolder.mend` goes back to the one before. Nothing in a folder is unpickled, no link in it is followed, and
+what its configuration names is built only if it is one of the project's own classes.
 """
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +27,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fedsim.federation import Checkpoint
-from fedsim.files import write_bytes, write_with
+from fedsim.files import Damaged, read_json, read_table, read_tensors, write_json, write_table, write_tensors
 from fedsim.observation import SUM, Observation, Reconstruction, Trace
+from fedsim.setup import check_targets
 from fedsim.wire import from_bytes, to_bytes
+
+CHECKPOINT, ROUNDS, LEAKS, BEFORE = "checkpoint.safetensors", "rounds.parquet", "leaks.parquet", "before"
 
 
 class RunError(ValueError):
@@ -50,22 +55,30 @@ class RunFolder:
             raise RunError(f"{path} holds a run already: resume it with --resume {path}, or choose another name=")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write_bytes(path / "environment.json", _json(environment))
-            write_bytes(path / "config.json", _json(config))
+            write_json(path / "environment.json", environment)
+            write_json(path / "config.json", config)
         except OSError as error:
             raise RunError(f"cannot write to {path}: {error.strerror}; choose another folder with out=") from None
         return cls(path)
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """An existing folder. Raises RunError when it holds no run."""
+        """An existing folder. Raises RunError when it holds no run, or a link."""
         if not (path / "config.json").is_file():
             raise RunError(f"{path} is not a run's folder: it has no config.json")
+        check_no_links(path)
         return cls(path)
 
     @property
     def config(self) -> dict[str, Any]:
-        return json.loads((self.path / "config.json").read_text())
+        """What was asked for. Raises RunError when it is damaged, or would build what is not the project's own."""
+        path = self.path / "config.json"
+        try:
+            config = read_json(path)
+            check_targets(config)
+        except ValueError as error:
+            raise RunError(str(error) if isinstance(error, Damaged) else f"{path}: {error}") from None
+        return config
 
     # Tables.
 
@@ -80,11 +93,12 @@ class RunFolder:
     def findings(self) -> pd.DataFrame:
         """One row for each finding of a client's inspection, in the order of rounds and clients; empty when there is none."""
         files = sorted((self.path / "clients").glob("*/findings_*.json"), key=lambda path: (_number(path), path))
-        return pd.DataFrame([row for path in files for row in json.loads(path.read_text())])
+        found = [_read(read_json, path) for path in files]
+        return pd.DataFrame([row for one in found for row in (one if isinstance(one, list) else one["rows"])])  # earlier versions
 
     def _table(self, name: str) -> pd.DataFrame:
         path = self.path / f"{name}.parquet"
-        return pd.read_parquet(path) if path.exists() else pd.DataFrame()
+        return _read(read_table, path) if path.exists() else pd.DataFrame()
 
     def add(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends `rows` to the table `name`, in place of earlier rows of the same round (and the same attack, if it has one)."""
@@ -98,7 +112,8 @@ class RunFolder:
             kept = old[~again]
             # Concatenating an empty table would decide the dtypes of the new one.
             new = pd.concat([kept, new], ignore_index=True) if len(kept) else new
-        write_with(self.path / f"{name}.parquet", lambda file: new.to_parquet(file, index=False))
+        path = self.path / f"{name}.parquet"
+        write_table(path, new, self._before(path))
 
     # What was seen.
 
@@ -141,12 +156,13 @@ class RunFolder:
         every = (*sorted(folder.glob("client_*.safetensors")), *folder.glob(f"{_sender(SUM)}.safetensors"))
         for path in every if client is None else (folder / f"{_sender(client)}.safetensors",):
             tensors, about = _load(path)
-            packets = _group(tensors, "packets")
+            packets, params = _group(tensors, "packets"), _group(shared, "params")
             try:
+                order = json.loads(about["order"])  # tensor files keep none, and a sum over layers depends on it
                 seen.append(
                     Observation(
-                        params=_group(shared, "params"),
-                        packets={name: from_bytes(packets[name].numpy().tobytes()) for name in json.loads(about["order"])},
+                        params={name: params[name] for name in order},
+                        packets={name: from_bytes(packets[name].numpy().tobytes()) for name in order},
                         num_examples=int(about["num_examples"]),
                         round=int(about["round"]),
                         client=int(about["client"]),
@@ -162,6 +178,7 @@ class RunFolder:
 
     def save_reconstructions(self, attack: str, seen: Sequence[Observation], found: Sequence[Reconstruction]) -> None:
         """Saves what `attack` made of what was seen in one round, with its traces."""
+        path = self._reconstructions(attack, seen[0].round)
         tensors: dict[str, Tensor] = {}
         about: dict[str, str] = {}
         for one, made in zip(seen, found, strict=True):
@@ -172,7 +189,7 @@ class RunFolder:
             if made.trace is not None:
                 tensors |= {f"{name}/trace/{key}": t.clone() for key, t in trace_tensors(made.trace).items()}
                 about[name] = json.dumps(list(made.trace.layers))  # tensor files do not keep the order of layers
-        _save(self._reconstructions(attack, seen[0].round), tensors, about)
+        _save(path, tensors, about)
 
     def reconstructions(self, attack: str, round: int) -> dict[int, Tensor]:
         """Images (B, C, H, W) that `attack` made in `round`, by client, those of the sum under SUM."""
@@ -190,7 +207,12 @@ class RunFolder:
         return self.path / "observations" / f"round_{round:05d}"
 
     def _reconstructions(self, attack: str, round: int) -> Path:
+        if not is_name(attack):
+            raise RunError(f"an attack is named by a folder of its own in reconstructions/, and {attack!r} is none")
         return self.path / "reconstructions" / attack / f"round_{round:05d}.safetensors"
+
+    def _before(self, path: Path) -> Path:
+        return self.path / BEFORE / path.name
 
     # Going on.
 
@@ -198,16 +220,65 @@ class RunFolder:
         """Marks a round as finished."""
         strategy = {name: torch.from_numpy(np.ascontiguousarray(a)).reshape(a.shape) for name, a in checkpoint.arrays.items()}
         about = {"round": str(checkpoint.round), "numbers": json.dumps(checkpoint.numbers)}
-        _save(self.path / "checkpoint.safetensors", _named(model=checkpoint.tensors, strategy=strategy), about)
+        path = self.path / CHECKPOINT
+        write_tensors(path, _named(model=checkpoint.tensors, strategy=strategy), about, self._before(path))
 
     def checkpoint(self) -> Checkpoint | None:
-        """The last finished round, or None before the first."""
-        path = self.path / "checkpoint.safetensors"
-        if not path.exists():
-            return None
-        tensors, about = _load(path)
-        arrays = {name: t.numpy() for name, t in _group(tensors, "strategy").items()}
-        return Checkpoint(int(about["round"]), _group(tensors, "model"), arrays, json.loads(about["numbers"]))
+        """The last finished round, or None before the first. Raises RunError when it is damaged; `mend` finds the one before."""
+        path = self.path / CHECKPOINT
+        return _checkpoint_in(path) if path.exists() else None
+
+    def mend(self) -> list[str]:
+        """Goes back to the last good state where a file is damaged; what it did, a line for each.
+
+        A round is done again if its checkpoint, its rows, or what a client remembers of it is damaged. Rows of attacks may be
+        missing afterwards: what was captured is still there to be attacked. Raises RunError where no earlier state is left.
+        """
+        said = []
+        if (shards := self.path / "partition.safetensors").exists() and (flaw := _flaw(read_tensors, shards)):
+            shards.unlink()
+            said.append(f"{flaw}: it is made again")
+        if flaw := self._flaw_of(LEAKS, read_table):
+            said.append(f"{flaw}: the run's own attacks are repeated where rows are lost, those of `fedsim attack` are not")
+            if leaks := self._versions(LEAKS, read_table):
+                os.replace(leaks[0][0], self.path / LEAKS)
+            else:
+                (self.path / LEAKS).unlink(missing_ok=True)
+        checkpoints, tables = self._versions(CHECKPOINT, _checkpoint_in), self._versions(ROUNDS, read_table)
+        if not checkpoints and not (self.path / CHECKPOINT).exists():  # nothing was ever finished: all begins again
+            if flaw := self._flaw_of(ROUNDS, read_table):
+                said.append(f"{flaw}: the run begins again")
+                (self.path / ROUNDS).unlink(missing_ok=True)
+            return said
+        named = [flaw for name, read in ((CHECKPOINT, _checkpoint_in), (ROUNDS, read_table)) if (flaw := self._flaw_of(name, read))]
+        for checkpoint, state in checkpoints:
+            forgotten = [flaw for file in self._remembered(state.round) if (flaw := _flaw(read_tensors, file))]
+            named += forgotten
+            table = next((file for file, rows in tables if int(rows["round"].max()) >= state.round), None)
+            if not forgotten and (table or not self._flaw_of(ROUNDS, read_table)):
+                said += [f"{flaw}: going on from round {state.round}" for flaw in dict.fromkeys(named)]
+                for name, file in ((CHECKPOINT, checkpoint), (ROUNDS, table)):
+                    if file not in (None, self.path / name):
+                        os.replace(file, self.path / name)
+                return said
+        raise RunError(f"{'; '.join(dict.fromkeys(named))}: no earlier state is left that the run could go on from")
+
+    def _versions(self, name: str, read: Callable[[Path], Any]) -> list[tuple[Path, Any]]:
+        """The file `name` and the one before it, as far as they can be read, newest first."""
+        paths = (self.path / name, self._before(self.path / name))
+        return [(path, read(path)) for path in paths if path.exists() and not _flaw(read, path)]
+
+    def _flaw_of(self, name: str, read: Callable[[Path], Any]) -> str | None:
+        path = self.path / name
+        if not path.exists():  # killed between two renames
+            return f"{path} is missing" if self._before(path).exists() else None
+        return _flaw(read, path)
+
+    def _remembered(self, round: int) -> Iterator[Path]:
+        """The file that each client would go on from after `round`."""
+        for folder in (self.path / "clients").glob("client_*"):
+            if files := sorted(path for path in folder.glob("round_*.safetensors") if _number(path) <= round):
+                yield files[-1]
 
     def rewind(self, round: int) -> None:
         """Drops what was written after `round` was finished, and temporary files that a killed process left."""
@@ -218,7 +289,7 @@ class RunFolder:
             table = self._table(name)
             if len(table) and (table["round"] > round).any():
                 kept = table[table["round"] <= round]
-                write_with(self.path / f"{name}.parquet", lambda file, kept=kept: kept.to_parquet(file, index=False))  # type: ignore[misc]
+                write_table(self.path / f"{name}.parquet", kept)
         for path in (self.path / "observations").glob("round_*"):
             if _number(path) > round:
                 shutil.rmtree(path)
@@ -261,10 +332,6 @@ def trace_of(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> Trace:
     return Trace(tensors["evaluations"], tensors["losses"], tensors["images"], gaps)
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
 def _sender(client: int) -> str:
     """What is written of a client, or of a sum, bears this name."""
     return "sum" if client == SUM else f"client_{client:05d}"
@@ -288,17 +355,50 @@ def _group(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
-    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_with(path, lambda name: save_file(contiguous, name, dict(about or {})))
+    write_tensors(path, tensors, about or {})
 
 
 def _load(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    return _read(lambda at: read_tensors(at, wanted), path)
+
+
+def _read(read: Callable[[Path], Any], path: Path) -> Any:
+    """What `read` makes of a file; a damaged one is told as an error of its run."""
     try:
-        with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} is damaged or missing ({error})") from None
+        return read(path)
+    except Damaged as error:
+        raise RunError(str(error)) from None
+
+
+def _flaw(read: Callable[[Path], Any], path: Path) -> str | None:
+    """Why a file cannot be read, if it cannot."""
+    try:
+        read(path)
+    except (Damaged, RunError) as error:
+        return str(error)
+    return None
+
+
+def _checkpoint_in(path: Path) -> Checkpoint:
+    tensors, about = _load(path)
+    arrays = {name: t.numpy() for name, t in _group(tensors, "strategy").items()}
+    try:
+        return Checkpoint(int(about["round"]), _group(tensors, "model"), arrays, json.loads(about["numbers"]))
+    except (KeyError, ValueError) as error:
+        raise RunError(f"{path} is damaged (it is no checkpoint: {type(error).__name__} {error})") from None
+
+
+def is_name(text: str) -> bool:
+    """Whether a file or folder can be called so, and stay in the folder it is made in."""
+    return Path(text).name == text and text not in ("", "..")
+
+
+def check_no_links(folder: Path) -> None:
+    """Raises RunError for a symbolic link in `folder`: what is written into the folder would arrive elsewhere."""
+    for where, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if os.path.islink(path := os.path.join(where, name)):
+                raise RunError(f"{path} is a link, and a run writes into its own folder only: put there what the link names")
 
 
 def iterate(folders: Iterable[Path]) -> list[RunFolder]:
@@ -307,9 +407,9 @@ def iterate(folders: Iterable[Path]) -> list[RunFolder]:
     for folder in folders:
         inside = [folder] if (folder / "config.json").is_file() else sorted(p.parent for p in folder.glob("*/config.json"))
         if (plan := folder / "multirun.json").is_file():
-            asked = list(json.loads(plan.read_text())["cells"])  # the order they were asked for in
+            asked = list(_read(read_json, plan)["cells"])  # the order they were asked for in
             inside.sort(key=lambda path: asked.index(path.name) if path.name in asked else len(asked))
         if not inside:
             raise RunError(f"{folder} holds no run: neither it nor a folder in it has a config.json")
-        found += [RunFolder(path) for path in inside]
+        found += [RunFolder.open(path) for path in inside]
     return found

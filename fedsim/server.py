@@ -27,6 +27,7 @@ from fedsim.records import (
     BUFFERS,
     METRICS,
     PACKETS,
+    RESTARTED,
     SENDER,
     array_of,
     arrays_of,
@@ -45,6 +46,7 @@ from fedsim.wire import from_bytes
 log = logging.getLogger(__name__)
 
 LARGEST = 1e10  # entry of an update: sums of squares of such are still finite in float32
+ASKED = 500  # nodes at a time which client they are; messages take memory
 MOST_EXAMPLES = 10**9  # a client may claim
 
 
@@ -287,12 +289,14 @@ class MeteredStrategy(Forwarding):
 
     bytes_down, bytes_up  payload of the last round's training messages and replies, and of what else was asked in it
     replies, failures     how many clients sent an update, and how many did not or failed
+    left_out              nodes of those that did not or failed
     train_metrics, evaluate_metrics  what the clients reported, averaged by `inner`
     """
 
     def __init__(self, inner: Strategy) -> None:
         super().__init__(inner)
         self.bytes_down = self.bytes_up = self.replies = self.failures = 0
+        self.left_out: list[int] = []
         self._asked: set[int] = set()
         self._training = False
         self.train_metrics: MetricRecord | None = None
@@ -312,8 +316,11 @@ class MeteredStrategy(Forwarding):
         for reply in replies:
             if reply.has_error():
                 log.warning("round %d: a client failed and is left out: %s", server_round, reply.error.reason)
+            elif RESTARTED in reply.content:
+                log.warning("round %d: a worker was killed; another took its place, and did again what it was at", server_round)
         self.replies = len(answers)
         self.failures = len(self._asked) - len(answers)
+        self.left_out = sorted(self._asked - {reply.metadata.src_node_id for reply in answers})
         self.receives(replies)
         if not answers and self._training:
             why = next((reply.error.reason for reply in replies if reply.has_error()), "no reply came in time")
@@ -412,12 +419,15 @@ def nodes_by_client(grid: Grid, clients: int, timeout: float = 600.0) -> list[in
         if time.monotonic() > until:
             raise FederationError(f"{len(nodes)} of {clients} clients connected within {timeout:.0f} s")
         time.sleep(0.05)
-    asked = [Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes]
-    replies = list(grid.send_and_receive(asked, timeout=max(1.0, until - time.monotonic())))
-    found = {_sender(reply): reply.metadata.src_node_id for reply in replies if reply.has_content()}
+    found: dict[int, int] = {}
+    why = ""
+    for first in range(0, len(nodes), ASKED):
+        asked = [Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes[first : first + ASKED]]
+        replies = list(grid.send_and_receive(asked, timeout=max(1.0, until - time.monotonic())))
+        found |= {_sender(reply): reply.metadata.src_node_id for reply in replies if reply.has_content()}
+        why = why or next((f": {' '.join(str(reply.error.reason).split())}" for reply in replies if reply.has_error()), "")
     if missing := [client for client in range(clients) if client not in found]:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        why = next((f": {' '.join(str(reply.error.reason).split())}" for reply in replies if reply.has_error()), "")
         raise FederationError(f"no answer from client {missing[0]}{more}{why}")
     return [found[client] for client in range(clients)]
 

@@ -6,6 +6,7 @@ A configuration is a plain nested dict (what `config.json` in a run's folder hol
 
 import functools
 import json
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,44 @@ def build(node: Mapping[str, Any], **more: Any) -> Any:
     from hydra.utils import instantiate
 
     return instantiate(dict(node), _convert_="all", **more)
+
+
+# Where a configuration that was found on disk may take its classes from, and where its functions; and the user's own packages, which
+# $FEDSIM_PACKAGES names.
+CLASSES = ("attacks", "defenses", "fedsim", "flwr.serverapp.strategy")
+FUNCTIONS = ("attacks", "defenses", "fedsim.models")
+
+
+def check_targets(node: Any) -> None:
+    """Raises ValueError for a `_target_` that is none of the project's own choices: building another could run any code."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            own = (name.strip() for name in os.environ.get("FEDSIM_PACKAGES", "").split(","))
+            _check_target(str(node["_target_"]), tuple(filter(None, own)))
+        for value in node.values():
+            check_targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            check_targets(value)
+
+
+@functools.lru_cache
+def _check_target(name: str, own: tuple[str, ...]) -> None:
+    from hydra.utils import get_object
+
+    told = f"_target_ {name!r} is of none of {', '.join(CLASSES)}: if it is yours, name its package in FEDSIM_PACKAGES"
+    if not _below(name, (*CLASSES, *own)):
+        raise ValueError(told)
+    try:
+        made = get_object(name)
+    except Exception as error:  # what hydra makes of a name that is not there
+        raise ValueError(f"_target_ {name!r} cannot be found: {' '.join(str(error).split())}") from None
+    if not _below(getattr(made, "__module__", ""), (*(CLASSES if isinstance(made, type) else FUNCTIONS), *own)):
+        raise ValueError(told)
+
+
+def _below(name: str, packages: Sequence[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +137,8 @@ def planned(defense: Defense, exposures: Sequence[Exposure]) -> Defense:
 
 def device_of(name: str) -> torch.device:
     """`auto` is the GPU if there is one; anything else is a torch device name. Raises ValueError for one that is not there."""
+    if not isinstance(name, str):
+        raise ValueError(f"device must be a name, such as auto or cpu, got {name!r}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

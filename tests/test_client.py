@@ -25,11 +25,11 @@ def test_noise_is_the_same_when_the_run_is():
 
 
 def test_a_client_sends_later_what_its_defense_held_back(tmp_path):
-    true = federate(config(federation=STILL), rounds=3).seen
-    sent = federate(config(federation=STILL, defense=TOPK_EF), rounds=3, memory=tmp_path).seen
+    true = federate(config(federation=STILL), rounds=4).seen
+    sent = federate(config(federation=STILL, defense=TOPK_EF), rounds=4, memory=tmp_path).seen
     for client in (0, 1):
         files = sorted((tmp_path / f"client_{client:05d}").iterdir())
-        assert [file.name for file in files] == ["round_000002.safetensors", "round_000003.safetensors"]  # two are kept
+        assert [file.name for file in files] == [f"round_00000{round}.safetensors" for round in (2, 3, 4)]  # three are kept
         held = load_file(files[-1])
         for name in true[0].update:
             arrived = sum(one.update[name] for one in sent if one.client == client) + held[f"residual/{name}"]

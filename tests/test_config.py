@@ -170,6 +170,12 @@ WRONG = [
     (["defense=ppp", "defense.prefixes=[]"], "prefixes must be a list of at least one beginning of a name"),
     (["data.side=7"], "data.side must be a whole number in 8..512, got 7"),
     (["data.side=big"], "data.side must be a whole number in 8..512, got 'big'"),
+    (["data.side=8"], "data.side must be at least 11, SSIM's window, for an attack to be scored, got 8"),
+    (["device=[]"], "device must be a name, such as auto or cpu, got []"),
+    (
+        ["model=bert_tiny", "model/bottleneck=dropout"],
+        "model/bottleneck=dropout stands in the model, and this one has no",
+    ),
     (["model.convs=1"], "convs must be at least 2, got 1"),
     (["model=resnet18", "model.norm=bach"], "unknown norm 'bach': did you mean 'batch'?"),
     (["model/init=uniform", "model.init.a=x"], "model.init.a must be a number, got 'x'"),

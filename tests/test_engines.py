@@ -52,6 +52,7 @@ RUNS = {
         },
     },
 }
+MORTAL = {"federation": FEDSGD | {"per_round": 3}, "defense": TOPK_EF, "seed": 1}
 RAY_RUNS = list(RUNS)[:3:2]  # both keep something on the client
 
 
@@ -93,23 +94,52 @@ def python(code: str, *arguments: object) -> None:
 
 
 ON_RAY = """
-import os, sys, pathlib, ray, torch, test_engines
+import logging, os, signal, sys, pathlib, ray, torch, test_engines, worlds
+from fedsim import federation
 from fedsim.engines.ray import Ray
 end, ray.shutdown = ray.shutdown, lambda: None  # Flower takes a Ray that runs already, and would end it after each run
 folder = pathlib.Path(sys.argv[1])
 cores = os.cpu_count() or 1
 for name, cpus in zip(test_engines.RAY_RUNS, (max(1, cores // 2), cores)):  # two workers, then one: each imports torch anew
     torch.save(test_engines.record_of(Ray(cpus=cpus), test_engines.RUNS[name], folder / "memory" / name), folder / f"{name}.pt")
+
+def mortal(config, memory=None, made=federation.client_app):  # whoever is to train client 1 first is killed
+    def answer(message, context, app=made(config, memory)):
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1 and not (folder / "dead").exists():
+            (folder / "dead").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return app(message, context)
+    return answer
+
+federation.client_app = mortal
+logging.getLogger("fedsim").addHandler(logging.FileHandler(folder / "log.txt"))
+torch.save(test_engines.record_of(Ray(cpus=cores), test_engines.MORTAL, folder / "memory" / "mortal"), folder / "mortal.pt")
 end()
 """
 
 
-def test_ray_computes_what_this_process_does(tmp_path):
+@pytest.fixture(scope="module")
+def on_ray(tmp_path_factory) -> Path:
+    """What the runs on Ray left: it takes long to start."""
     pytest.importorskip("ray")
-    python(ON_RAY, tmp_path)
+    folder = tmp_path_factory.mktemp("ray")
+    python(ON_RAY, folder)
+    return folder
+
+
+def test_ray_computes_what_this_process_does(on_ray, tmp_path):
     for name in RAY_RUNS:
-        assert_same_record(torch.load(tmp_path / f"{name}.pt"), record_of(Inline(1), RUNS[name], tmp_path / "inline" / name))
-    assert list((tmp_path / "memory").rglob("round_000002.safetensors"))
+        assert_same_record(torch.load(on_ray / f"{name}.pt"), record_of(Inline(1), RUNS[name], tmp_path / name))
+    assert list((on_ray / "memory").rglob("round_000002.safetensors"))
+
+
+def test_a_worker_of_ray_that_is_killed_in_mid_round_is_replaced_and_changes_no_bit(on_ray, tmp_path):
+    """Nobody was left out, for `record_of` asks that; and the log says that it happened."""
+    assert (on_ray / "dead").exists()
+    assert_same_record(torch.load(on_ray / "mortal.pt"), record_of(Inline(1), MORTAL, tmp_path))
+    assert (on_ray / "log.txt").read_text().splitlines() == [
+        "round 1: a worker was killed; another took its place, and did again what it was at"
+    ]
 
 
 def test_the_inline_engine_imports_no_ray():

@@ -194,6 +194,61 @@ def test_a_start_can_be_another_attacks_reconstruction() -> None:
     assert not torch.equal(starts[1], images)
 
 
+# Memory --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("alloc: can't allocate memory")], ids=repr
+)
+@pytest.mark.parametrize("together", [False, True])
+def test_a_search_without_memory_goes_on_with_half_as_many_and_finds_the_same(error, together, caplog) -> None:
+    def evaluate(points: Tensor, problems: Tensor, most: int = 100) -> tuple[Tensor, Tensor]:
+        asked.append(len(points))
+        if len(points) > most:
+            raise error
+        away = points - problems[:, None]
+        return away.square().sum(1), 2 * away
+
+    starts = torch.randn(7, 3, 5, generator=generator(0, "memory"))
+    asked: list[int] = []
+    searched = [Adam(20, rate=0.5), LBFGS(20)][not together]
+    whole = minimise(evaluate, starts, searched, chunk=14, together=together)
+    assert max(asked) == (12 if together else 7)  # each problem's starts one after the other, or all at once
+    asked.clear()
+    with caplog.at_level("WARNING"):
+        found = minimise(lambda p, v: evaluate(p, v, 4), starts, searched, chunk=14, together=together)
+    assert {size for size in asked if size > 4} == ({12, 6} if together else {7})  # each was tried once
+    assert sum(size > 4 for size in asked) == (2 if together else 1)
+    assert all(size % 3 == 0 for size in asked if together)
+    for part in ("points", "losses", "evaluations", "status", "tried"):
+        assert torch.equal(getattr(found, part), getattr(whole, part)), part
+    said = ["no memory for 12 problems at a time: going on with 6", "no memory for 6 problems at a time: going on with 3"]
+    assert [record.getMessage() for record in caplog.records] == (
+        said if together else ["no memory for 7 problems at a time: going on with 3"]
+    )
+
+
+def test_an_attack_without_memory_finds_the_same_and_one_problem_too_many_is_an_error(monkeypatch) -> None:
+    model = Small()
+    seen = [sent(model, [(smooth(1, str(i)), torch.tensor([i % 5]))], 1) for i in range(5)]
+    attack = GradientMatching(optimizer=Adam(15), restarts=2, record=10, stop=Stop(), workers=1, chunk=8)
+    expected = attack(seen, KNOWN, model, generator(0, "memory"))
+    objective, most = Problems.objective, 2
+
+    def short(problems: Problems, points: Tensor, rows: Tensor) -> Tensor:
+        if len(points) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return objective(problems, points, rows)
+
+    monkeypatch.setattr(Problems, "objective", short)
+    for one, same in zip(attack(seen, KNOWN, model, generator(0, "memory")), expected, strict=True):
+        assert torch.allclose(one.images, same.images, atol=2e-3)  # as for workers: they are rounded otherwise
+        assert one.evaluations == same.evaluations
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        attack(seen, KNOWN, model, generator(0, "memory"))
+
+
 # Workers -------------------------------------------------------------------------------------------------------------------------
 
 

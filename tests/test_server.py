@@ -1,16 +1,19 @@
 """The server: any of Flower's strategies works on updates, whoever listens changes nothing, and chance is the seed's."""
 
 import dataclasses
+import io
 import logging
 import math
+import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import RecordDict
+from flwr.app import Array, RecordDict
 from torch import Tensor
 from worlds import FEDAVG, FEDSGD, FLOWER, NORMED, TOPK_EF, History, assert_same, config, everybody, federate, nobody
 
@@ -251,6 +254,21 @@ def without(kind: str) -> Callable[..., RecordDict]:
     return lambda *about: RecordDict({name: record for name, record in reply_of(*about).items() if name != kind})
 
 
+def pickled(*about: Any) -> RecordDict:
+    """A reply whose array is a pickle, in the envelope that NumPy gives it."""
+    made, data = reply_of(*about), io.BytesIO()
+    np.save(data, np.array([Evil()], dtype=object), allow_pickle=True)
+    made.array_records[PACKETS]["head.bias"] = Array("object", (1,), "numpy.ndarray", data.getvalue())
+    return made
+
+
+class Evil:
+    """What ends the process where it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[int]]:
+        return os._exit, (1,)
+
+
 FLAWS: dict[str, tuple[Callable[..., RecordDict], str]] = {
     "NaN": (bad(math.nan), "an entry of head.bias is nan"),
     "infinite": (bad(-math.inf), "an entry of head.bias is inf"),
@@ -265,6 +283,7 @@ FLAWS: dict[str, tuple[Callable[..., RecordDict], str]] = {
         "extra is no tensor of this model",
     ),
     "junk": (with_packet("head.bias", b"no packet"), "it cannot be read: ValueError"),
+    "a pickle": (pickled, "it cannot be read: ValueError"),
     "a claim": (with_packet("head.bias", to_bytes(pack({"x": torch.zeros(3)})["x"])), "head.bias is (3,), not (10,)"),
     "examples": (lambda p, b, n, *about: reply_of(p, b, -n, *about), "it claims -2 examples"),
     "too many": (lambda p, b, n, *about: reply_of(p, b, 10**12, *about), "it claims 1000000000000 examples"),

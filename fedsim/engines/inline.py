@@ -4,6 +4,7 @@ The names of Flower used here that are not public are all in this file: the type
 the codes of errors, and the place of a message's id.
 """
 
+import errno
 import logging
 import os
 import uuid
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 # Is given training messages with the numbers of the clients they go to, and the `map` of a pool of threads.
 Ahead = Callable[[list[tuple[Message, int]], Callable[..., Iterable[None]]], None]
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _SERVER = 1  # Flower's node id of the server; client i is node i + 2
 
 
@@ -79,8 +81,13 @@ class InlineGrid(Grid):
         # Strategies put one content object into all messages of a round; each client gets its own.
         message.content = RecordDict(dict(message.content.items()))
         try:
-            reply = self._app(message, self._context(message.metadata.dst_node_id))
+            context = self._context(message.metadata.dst_node_id)
+            reply = self._app(message, context)
+            if not context.state:  # most clients keep nothing here, and there may be very many
+                self._contexts.pop(message.metadata.dst_node_id, None)
         except Exception as error:  # whatever a client's code raises is that client's failure, reported as Flower does
+            if isinstance(error, OSError) and error.errno in _DISK:
+                raise  # in this process its disk is the run's: on without it, the run would not be the one that was asked for
             log.exception("client %d failed", message.metadata.dst_node_id - _SERVER - 1)
             reason = f"{type(error).__name__}: {error}"
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)

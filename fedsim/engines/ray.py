@@ -5,10 +5,36 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedsim.checks import number
+from fedsim.records import RESTARTED
+
+_told = False  # in a worker: whether the server knows that it is not the first of its place
+
+
+def _restarted() -> bool:
+    """Whether this worker took the place of one that was killed; true once."""
+    import ray
+
+    global _told
+    before, _told = _told, True
+    return not before and ray.get_runtime_context().was_current_actor_reconstructed
+
+
+@dataclass(frozen=True)
+class _Telling:
+    """A client app that adds to its first reply after a restart that there was one."""
+
+    app: ClientApp
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        reply = self.app(message, context)
+        if _restarted() and reply.has_content():
+            reply.content[RESTARTED] = ConfigRecord({"restarted": True})
+        return reply
 
 
 @dataclass(frozen=True)
@@ -35,6 +61,8 @@ class Ray:
         """Runs the apps to their end. ConnectionError where no cluster answers at `address`."""
         from flwr.simulation import run_simulation
 
-        resources: Any = {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        # A worker that is killed is started again, and does again what it was at: Flower would hand work to the dead one on and on.
+        resources: Any = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": -1, "max_task_retries": 1}
         where: Any = {} if self.address is None else {"init_args": {"address": self.address}}
-        run_simulation(server, client, clients, backend_config={"client_resources": resources, **where})
+        telling: Any = _Telling(client)
+        run_simulation(server, telling, clients, backend_config={"client_resources": resources, **where})
