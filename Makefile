@@ -18,7 +18,7 @@ run: .venv/installed
 	$(BIN)/fedsim run -m setting=quickstart defense=$(COMPARE) $(ARGS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -375,7 +375,7 @@ def test_nothing_in_a_run_s_folder_can_run_code(pattern, made, copied, tmp_path,
             assert str(path) in str(error)  # noqa: PT017
     if path.name == "config.json":
         assert cli.main(["run", "--resume", str(copied)]) == 2
-        assert "_target_ 'os.mkdir' is none of the classes of attacks, defenses" in capsys.readouterr().err
+        assert "_target_ 'os.mkdir' is of none of attacks, defenses" in capsys.readouterr().err
     assert not mark.exists()
 
 
@@ -386,6 +386,14 @@ NOT_OURS = ["os.system", "builtins.eval", "fedsim.run.shutil.rmtree", "fedsim.fi
 def test_a_configuration_on_disk_builds_the_project_s_own_classes_only(name):
     with pytest.raises(ValueError, match="_target_"):
         check_targets({"rounds": 3, "defense": {"parts": [{"_target_": name}]}})
+
+
+def test_a_package_of_the_user_s_own_is_built_from_where_it_is_named(monkeypatch):
+    made = {"model": {"_target_": "worlds.normed"}}
+    with pytest.raises(ValueError, match="if it is yours, name its package in FEDSIM_PACKAGES"):
+        check_targets(made)
+    monkeypatch.setenv("FEDSIM_PACKAGES", "others, worlds")
+    check_targets(made)
 
 
 def test_every_choice_there_is_may_be_built():
