@@ -34,8 +34,8 @@ def build(node: Mapping[str, Any], **more: Any) -> Any:
     return instantiate(dict(node), _convert_="all", **more)
 
 
-# Where a configuration that was found on disk may take its classes from, and where its functions; and the user's own packages, which
-# $FEDSIM_PACKAGES names.
+# Where a configuration that was found on disk may take its classes from, and where its functions. Packages of the user's own are
+# named in $FEDSIM_PACKAGES.
 CLASSES = ("attacks", "defenses", "fedsim", "flwr.serverapp.strategy")
 FUNCTIONS = ("attacks", "defenses", "fedsim.models")
 
