@@ -217,7 +217,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize(("defense", "step_of"), STEPS.items(), ids=repr)
+@pytest.mark.parametrize(("defense", "step_of"), STEPS.items(), ids=list(map(repr, STEPS)))
 def test_a_random_quantizer_is_unbiased(defense, step_of):
     x, draws, rng = normal(53), 10_000, generator(0, "draws")
     packets, total = pack({"x": x}), torch.zeros(53, dtype=torch.float64)

@@ -108,7 +108,7 @@ PRUNED = [
 ]
 
 
-@pytest.mark.parametrize(("defense", "dropped"), PRUNED, ids=lambda value: repr(value))
+@pytest.mark.parametrize(("defense", "dropped"), PRUNED, ids=[repr(defense) for defense, _ in PRUNED])
 def test_pruning_drops_the_tensors_it_says(defense, dropped):
     for name, t in unpack(apply(defense, LAYERS)).items():
         assert torch.equal(t, torch.zeros_like(t) if name in dropped else LAYERS[name])
