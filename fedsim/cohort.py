@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 MEMORY = {"cpu": 2**29, "cuda": 2**33}  # bytes that a chunk may take: fixed, since the number of clients in it decides the rounding
 FEW = 8  # clients that are not worth a program
+MANY, SMALL = 32, 2**18  # clients, and parameters, with which a program is worth it on a CPU
 COPIES = 8  # of its parameters that a client takes: its own, their gradients, the update, momentum, and what is passing
 
 
@@ -41,12 +42,20 @@ def obstacle(setup: Setup) -> str | None:
 def cohort_of(setup: Setup, vectorized: bool | str, chunk: int | None = None) -> tuple["Cohort | None", str]:
     """What `engine.vectorized` makes of a run, and why: None if clients are trained one by one.
 
-    `auto` trains them together on a GPU. On a CPU a client alone on each core is faster (benchmarks/RESULTS.md).
+    `auto` trains them together on a GPU, and on a CPU where that was measured to be faster (benchmarks/RESULTS.md): many clients of
+    a small network, each of which sends the gradient of one image.
     """
-    why = obstacle(setup)
-    if vectorized == "auto" and (setup.device.type == "cpu" or setup.protocol.per_round < FEW or why is not None):
-        fewer = f"fewer than {FEW} clients a round"
-        return None, f"one by one: {why or (fewer if setup.device.type != 'cpu' else 'faster on a CPU')}"
+    why, clients = obstacle(setup), setup.protocol.per_round
+    if vectorized == "auto":
+        if setup.device.type == "cpu" and why is None:
+            steps = setup.protocol.batches(setup.shards[0], setup.seed, 1, 0)
+            small = sum(p.numel() for p in setup.model().parameters()) <= SMALL
+            if not small or clients < MANY or len(steps) > 1 or len(steps[0]) > 1:
+                why = f"faster on a CPU, but for {MANY} and more clients of a small network that send the gradient of one image"
+        elif clients < FEW:
+            why = why or f"fewer than {FEW} clients a round"
+        if why is not None:
+            return None, f"one by one: {why}"
     if not vectorized:
         return None, "one by one"
     if why is not None:

@@ -63,7 +63,13 @@ def test_what_cannot_be_one_program_says_why(made):
 
 def test_a_cpu_trains_one_by_one_unless_it_is_told_to():
     setup = setup_of(config())
-    assert cohort_of(setup, "auto") == (None, "one by one: faster on a CPU")
+    cohort, why = cohort_of(setup, "auto")
+    assert cohort is None
+    assert why.startswith("one by one: faster on a CPU, but for 32 and more clients")
+    many = FEDSGD | {"clients": 40, "per_round": 32, "batch_size": 1}
+    assert cohort_of(setup_of(config(federation=many)), "auto")[1] == "as one program"
+    for slower in ({"batch_size": 2}, {"per_round": 31}, {"_target_": "fedsim.protocols.FedAvg", "steps": 2}):
+        assert cohort_of(setup_of(config(federation=many | slower, data={**config()["data"], "train_size": 80})), "auto")[0] is None
     assert cohort_of(setup, False) == (None, "one by one")
     assert cohort_of(setup, True)[1] == "as one program"
     with pytest.raises(ValueError, match=r"engine\.vectorized must be true, false or auto, got 'yes'"):
