@@ -402,6 +402,8 @@ def test_a_federation_that_cannot_go_on_is_one_line_and_says_how_to_resume(tmp_p
     ]
     assert cli.main(["run", *arguments, f"out={tmp_path}", "name=failing"]) == 1
     stopped = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stopped.startswith("stopped: round 1: none of the 2 chosen clients sent an update: MemoryError: no more memory")
+    assert stopped.startswith(
+        "stopped: round 1: none of the 2 chosen clients sent an update: client 0: MemoryError: no more memory"
+    )
     assert "--resume" in stopped
     assert "Traceback" in (tmp_path / "failing" / "log.txt").read_text()

@@ -206,9 +206,10 @@ def deployed(tmp_path_factory) -> Deployed:
 
 
 def bytes_in(path: Path) -> dict[str, object]:
-    """The bytes of each tensor of a file, and what else it says: its own bytes have the latter in any order."""
+    """The bytes of each tensor of a file, and what else it says: its own bytes, and so its seal, have the latter in any order."""
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()} | {"": file.metadata()}  # noqa: SIM118
+        about = {key: value for key, value in file.metadata().items() if key != "checksum"}
+        return {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()} | {"": about}  # noqa: SIM118
 
 
 def test_captures_are_the_same_bytes_as_in_simulation(deployed, tmp_path):
@@ -286,9 +287,12 @@ def test_a_deployed_runs_folder_is_an_ordinary_one(deployed, capsys):
 def on_this_process(run_config: Mapping[str, Any], nodes: int, own: Mapping[str, Any], run_id: int = 7) -> None:
     """Runs server and clients of the app as a SuperLink would, without one."""
     told = {**app.RUN_CONFIG, **run_config}
-    grid = InlineGrid(app.client, nodes)
-    for node in grid.get_node_ids():
-        grid._contexts[node] = Context(run_id, node, {"partition-id": node - 2, **own}, RecordDict(), told)
+
+    class Nodes(InlineGrid):
+        def _context(self, node: int) -> Context:
+            return Context(run_id, node, {"partition-id": node - 2, **own}, RecordDict(), told)
+
+    grid = Nodes(app.client, nodes)
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, 1, 1
     try:
         app.server(grid, Context(run_id, 1, {}, RecordDict(), told))
@@ -311,7 +315,7 @@ def test_the_app_runs_what_its_overrides_say_and_goes_on_where_it_stopped(tmp_pa
     before = folder.checkpoint()
     half = [*SETTINGS, out, "rounds=1", "name=half"]
     on_this_process(told(half), 3, {"memory": str(tmp_path / "own")})
-    config = json.loads((tmp_path / "with spaces" / "half" / "config.json").read_text())
+    config = RunFolder.open(tmp_path / "with spaces" / "half").config
     with pytest.raises(RunError, match="was run with other settings"):
         on_this_process(told([*half[:-2], "name=half"]) | {"resume": True}, 3, {"memory": str(tmp_path / "own")})
     config["rounds"] = 2

@@ -471,7 +471,9 @@ def test_a_round_without_a_valid_reply_stops_the_run_and_keeps_what_was_finished
         assert cli.main(["run", *OVERRIDES, f"out={tmp_path}", "name=run"]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "round 3: none of the 3 chosen clients sent an update: ArithmeticError: out of numbers; what was finished" in said
+    assert (
+        "round 3: none of the 3 chosen clients sent an update: client 2: ArithmeticError: out of numbers; what was finished" in said
+    )
     folder = RunFolder.open(tmp_path / "run")
     checkpoint = folder.checkpoint()
     assert checkpoint is not None

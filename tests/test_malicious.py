@@ -432,7 +432,7 @@ def test_clients_that_warn_train_on_and_their_findings_are_in_the_run(robbed):
 
 def test_clients_that_refuse_send_nothing(tmp_path):
     with pytest.raises(
-        FederationError, match=r"none of the 3 chosen clients sent an update: Refused: client 0 refuses: 100% of the"
+        FederationError, match=r"none of the 3 chosen clients sent an update: client 0: Refused: client 0 refuses: 100% of the"
     ):
         start(compose([*TRAP, "inspect=refuse"]), tmp_path / "refused", "a test")
     folder = RunFolder(tmp_path / "refused")

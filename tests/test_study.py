@@ -96,7 +96,7 @@ def test_a_damaged_cell_is_that_cell_s(tiny, capsys):
     (out / "uniform_levels=16_cosine_lbfgs_seed=0" / "config.json").write_text("{")
     (out / "none_cosine_lbfgs_seed=0" / "leaks.parquet").unlink()
     assert main(["study", "tiny", "-o", str(out)]) == 1
-    assert "failed: uniform_levels=16_cosine_lbfgs_seed=0: JSONDecodeError" in capsys.readouterr().err
+    assert "failed: uniform_levels=16_cosine_lbfgs_seed=0: RunError" in capsys.readouterr().err
     assert (out / "none_cosine_lbfgs_seed=0" / "leaks.parquet").exists()
 
 

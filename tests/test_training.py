@@ -205,7 +205,7 @@ def test_a_model_s_penalty_is_part_of_its_loss_and_gradient():
     assert torch.allclose(with_penalty.update[first], expected, rtol=0, atol=1e-6)
     for name in others:
         assert torch.equal(with_penalty.update[name], without.update[name.removeprefix("inner.")])
-    assert with_penalty.loss == pytest.approx(without.loss + float(params[first].square().sum()), abs=1e-5)
+    assert float(with_penalty.loss) == pytest.approx(float(without.loss) + float(params[first].square().sum()), abs=1e-5)
 
 
 def test_a_model_s_penalty_is_no_part_of_its_test_loss():
