@@ -22,6 +22,7 @@ examples:
   fedsim run --resume runs/NAME                                   go on where it stopped
   fedsim attack runs/NAME attack=idlg                             attack again what was captured
   fedsim plot runs/NAME runs/OTHER -o figures
+  fedsim table runs/NAME --format latex                           the summary table, for a paper
   fedsim invert --image me.jpg attack=dlg                         your own picture, taken back from its gradient
   fedsim study defenses-vs-dlg --workers 2                        a published question, as a grid of runs
   fedsim list defenses
@@ -96,6 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     plot = _command(commands, "plot", _plot, "draw the figures of one run, or compare several")
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     plot.add_argument("-o", "--out", type=Path, help="folder of the figures (default: RUN/figures)")
+
+    table = _command(commands, "table", _table, "write the summary table of runs as Markdown, LaTeX or CSV")
+    table.add_argument("runs", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders of runs")
+    table.add_argument("--format", default="markdown", metavar="FORMAT", help="markdown, latex or csv (default: markdown)")
 
     invert = _command(commands, "invert", _invert, "steal one picture, your own if you like, and draw how")
     invert.formatter_class, invert.epilog = argparse.RawDescriptionHelpFormatter, INVERT
@@ -261,6 +266,17 @@ def _plot(arguments: argparse.Namespace) -> int:
     from fedsim.run import iterate
 
     return _finish(iterate(arguments.runs), arguments.runs[0] / "figures" if arguments.out is None else arguments.out)
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    from experiments.plots import summarised
+    from experiments.table import FORMATS, written
+    from fedsim.checks import one_of
+    from fedsim.run import iterate
+
+    one_of("--format", arguments.format, FORMATS)
+    print(written(summarised(iterate(arguments.runs)), arguments.format), end="")
+    return 0
 
 
 def _study(arguments: argparse.Namespace) -> int:
