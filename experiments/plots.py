@@ -571,7 +571,7 @@ def _page(rows: _Rows, victims: pd.Index, attack: str) -> Figure:
                 picture(axes, torch.ones(1, 1, 1))
                 axes.set_xlabel("missed", fontsize=8, labelpad=1)
                 continue
-            picture(axes, folder.reconstructions(leak["made_by"], victim[0])[_sender(leak, victim[1])][int(leak["reconstruction"])])
+            picture(axes, folder.reconstructions(leak["made_by"], victim[0])[sender(leak, victim[1])][int(leak["reconstruction"])])
             doubt = " ?" if leak["verdict"] == "not converged" else ""
             axes.set_xlabel(f"{leak['psnr_db']:.1f} dB{doubt}", fontsize=8, labelpad=1)
             if victim == order[0]:
@@ -592,7 +592,7 @@ def _traces(folders: Sequence[RunFolder], attack: str, out: Path) -> list[Path]:
         leaks = leaks[leaks["attack"] == attack].sort_values("mse") if len(leaks) else leaks
         for place in sorted({0, (len(leaks) - 1) // 2}) if len(leaks) else ():
             round, client, image, at = (int(leaks.iloc[place][key]) for key in ("round", "client", "image", "reconstruction"))
-            sender = _sender(leaks.iloc[place], client)
+            sender = sender(leaks.iloc[place], client)
             trace = folder.traces(leaks.iloc[place]["made_by"], round).get(sender)
             if trace is not None:
                 truth = setup_of(folder.config).truth(round, client)[0][image].cpu()
@@ -603,7 +603,7 @@ def _traces(folders: Sequence[RunFolder], attack: str, out: Path) -> list[Path]:
     return made
 
 
-def _sender(leak: pd.Series, client: int) -> int:
+def sender(leak: pd.Series, client: int) -> int:
     """Whose reply a client's image was taken out of: its own, or the sum."""
     return SUM if leak["seen"].startswith("sum") else client
 
