@@ -592,11 +592,11 @@ def _traces(folders: Sequence[RunFolder], attack: str, out: Path) -> list[Path]:
         leaks = leaks[leaks["attack"] == attack].sort_values("mse") if len(leaks) else leaks
         for place in sorted({0, (len(leaks) - 1) // 2}) if len(leaks) else ():
             round, client, image, at = (int(leaks.iloc[place][key]) for key in ("round", "client", "image", "reconstruction"))
-            sender = sender(leaks.iloc[place], client)
-            trace = folder.traces(leaks.iloc[place]["made_by"], round).get(sender)
+            whose = sender(leaks.iloc[place], client)
+            trace = folder.traces(leaks.iloc[place]["made_by"], round).get(whose)
             if trace is not None:
                 truth = setup_of(folder.config).truth(round, client)[0][image].cpu()
-                through = "_sum" if sender == SUM else ""
+                through = "_sum" if whose == SUM else ""
                 name = f"{folder.path.name}_round_{round:05d}_client_{client:05d}_image_{image}{through}"
                 about = f"by {attack} from client {client}{' in a sum' * bool(through)} in round {round} of {folder.path.name}"
                 made += draw_trace(trace, truth, out / name, about, at=at)

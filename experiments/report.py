@@ -26,10 +26,11 @@ from torch import Tensor
 
 from attacks.metrics import BARS, Rate, success_rates
 from experiments.card import GUESS, card, obstacles
-from experiments.config import GROUPS, Config, compose, conditions, contender, label, without_defense
+from experiments.config import GROUPS, Config, ConfigError, compose, conditions, contender, label, without_defense
 from experiments.pictures import moments
 from experiments.plots import IMAGES, KNOWING, PERFECT, TEXTS, of_text, sender, summarised, tables
 from experiments.progress import size
+from experiments.scoring import STOLEN_MSE
 from experiments.statistics import LEVEL
 from fedsim.files import write_bytes
 from fedsim.observation import Trace
@@ -79,7 +80,9 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
         contender=leaks["run"].map(lambda run: contender(configs[run])),
         under=leaks["run"].map(lambda run: conditions(configs[run])),
         bare=leaks["run"].map(lambda run: without_defense(configs[run])),
-        score=leaks["token_accuracy"] if text else leaks["psnr_db"].clip(upper=PERFECT),
+        score=leaks["token_accuracy"]
+        if text
+        else leaks["psnr_db"].clip(upper=PERFECT).fillna(0.0),  # what is no number is as far off as can be
     )
     contenders = [_contender(name, of, rounds) for name, of in _by_contender(folders).items()]
     points, ranking = [], []
@@ -162,7 +165,7 @@ def _contender(name: str, folders: Sequence[RunFolder], rounds: pd.DataFrame) ->
         "sent": float(of.groupby("run")["bytes_up"].sum().mean()),
         "sent_text": size(of.groupby("run")["bytes_up"].sum().mean()) if len(of) else "",
         "share": float(of["bytes_up"].sum() / max(1, of["bytes_up_dense"].sum())) if len(of) else None,
-        "proof": _proof(last) if "epsilon" in last and last["epsilon"].notna().any() else None,
+        "proof": _proof(last) if "epsilon" in last and np.isfinite(last["epsilon"]).all() else None,
         "bare": without_defense(config),
         "card": _card(config),
         "runs": [_run(folder, of[of["run"] == str(folder.path)]) for folder in folders],
@@ -205,20 +208,27 @@ def _run(folder: RunFolder, rounds: pd.DataFrame) -> Row:
 
 
 def replay(config: Config) -> str | None:
-    """The command that makes this run again, or None where today's choices have no such setting.
+    """The command that makes this run again, or None where today's choices have no such name or setting.
 
     What a setting or a choice says already is left out. Settings that were added since then are as they are by default.
     """
+    try:
+        overrides = _overrides(config)
+    except ConfigError:  # a choice that has gone since
+        return None
+    if any(override.startswith("+") for override in overrides):
+        return None
+    return shlex.join(["fedsim", "run", *overrides, f"seed={config['seed']}"])
+
+
+def _overrides(config: Config) -> list[str]:
     chosen = config["choices"]
     setting = [f"setting={chosen['setting']}"] if chosen.get("setting") not in (None, "none") else []
     found = tuple(setting)
     for groups in (_CHOSEN, ("model/bottleneck",)):  # a defense may choose the bottleneck
         now = _composed(found)["choices"]
         found += tuple(f"{group}={chosen[group]}" for group in groups if chosen.get(group) not in (None, now.get(group)))
-    overrides = [*found, *_differing(config, _composed(found), "")]
-    if any(override.startswith("+") for override in overrides):
-        return None
-    return shlex.join(["fedsim", "run", *overrides, f"seed={config['seed']}"])
+    return [*found, *_differing(config, _composed(found), "")]
 
 
 _CHOSEN = tuple(group for group in GROUPS if group not in ("setting", "model/init", "model/bottleneck"))
@@ -230,7 +240,7 @@ def _composed(overrides: tuple[str, ...]) -> Config:
 
 
 def _differing(config: Config, composed: Config, path: str) -> list[str]:
-    """Overrides for what `config` has otherwise; `seed`, `name`, `out` and the names of choices are not settings of an experiment."""
+    """Overrides for what `config` has otherwise, without `seed`, `name`, `out` and the names of choices."""
     found = []
     for key, value in config.items():
         if not path and key in ("seed", "name", "out", "choices"):
@@ -316,8 +326,8 @@ def _strength(counts: Row) -> tuple[float, float]:
 def _ranked(kind: str, attack: str, leaks: pd.DataFrame, every: pd.DataFrame) -> Row:
     """A line of the ranking, which goes by the stronger attacker, and what may be said of the defense.
 
-    A defense is shown to protect against an attacker where that one stole fewer of the victims that were stolen without a defense than
-    chance would have it (exact sign test of the pairs, one-sided, 5 %, each by itself).
+    A defense is shown to protect against an attacker where that one stole from fewer of the same victims than were stolen from
+    without a defense (exact sign test of the pairs, one-sided, 5 %, each by itself).
     """
     by = {who: _counts(of) for who in ATTACKERS if len(of := leaks[leaks["attacker"] == who])}
     stronger = max(by, key=lambda who: _strength(by[who]))
@@ -364,9 +374,10 @@ def _protects(behind: pd.Series, without: pd.Series) -> float | None:
 
 def _heat(kind: str, attack: str, who: str, leaks: pd.DataFrame) -> Row:
     """The best score of each client in each round, and how many of its images were stolen."""
+    keys = ["seed", "client", "round"]
     cells = [
-        [int(seed), int(client), int(round), float(of["score"].max()), int((of["verdict"] == "stolen").sum()), len(of)]
-        for (seed, client, round), of in leaks.groupby(["seed", "client", "round"])
+        [*(int(of[key].iloc[0]) for key in keys), float(of["score"].max()), int((of["verdict"] == "stolen").sum()), len(of)]
+        for _, of in leaks.groupby(keys)
     ]
     return {"kind": kind, "attack": attack, "attacker": who, "cells": cells}
 
@@ -391,19 +402,24 @@ def _in_words(
     defended = [row for row in ranking if "held against" not in row["says"]]
     if defended:
         best, worst = defended[0], defended[-1]
-        least = f"Of the defenses, {best['kind']} gave away least to its stronger attacker ({best['stronger']}, {best['attack']}): {_of(best['by'][best['stronger']])}"
+        least = (
+            f"Of the defenses, {best['kind']} gave away least to its stronger attacker "
+            f"({best['stronger']}, {best['attack']}): {_of(best['by'][best['stronger']])}"
+        )
         most = f"; {worst['kind']} gave away most: {_of(worst['by'][worst['stronger']])}." if len(defended) > 1 else "."
         said.append(least + most)
     if flagged := list(dict.fromkeys(row["kind"] for row in ranking if row["flag"])):
         said.append(f"These protect only against the naive attacker, who does not know them: {'; '.join(flagged)}.")
     if lost := int((leaks["verdict"] == "not converged").sum()):
         said.append(
-            f"{lost} of the {len(leaks)} attacks did not converge: this attacker did not get there, which does not mean that the victim was protected."
+            f"{lost} of the {len(leaks)} attacks did not converge: this attacker did not get there, "
+            "which does not mean that the victim was protected."
         )
     if not text:
-        easy = int((leaks["mean_colour_mse"] < BARS["MSE < 0.03"].level).sum())
+        easy = int((leaks["mean_colour_mse"] < STOLEN_MSE).sum())
         said.append(
-            f"A theft is counted at MSE < 0.03, which an image of one colour, the mean of the original, passes for {easy} of these {len(leaks)}; the summary table has stricter bars beside it."
+            f"A theft is counted at {next(iter(BARS))}, which an image of one colour, the mean of the original, passes for {easy} "
+            f"of these {len(leaks)}; the summary table has stricter bars beside it."
         )
     return said
 
@@ -421,8 +437,10 @@ def _many(count: int, what: str) -> str:
 
 
 def _gallery(leaks: pd.DataFrame, every: pd.DataFrame, album: "_Album") -> list[dict[str, int]]:
-    """Up to `PICTURES` victims, spread evenly, for each the place of what each attacker made of it; of all defenses the same ones, if
-    there are."""
+    """Up to `PICTURES` victims, spread evenly, for each the place of what each attacker made of it.
+
+    They are the same for all defenses, if there are as many that all were tried on.
+    """
     keys = ["under", "seed", "round", "client", "image"]
     own = pd.MultiIndex.from_frame(leaks[keys]).unique().sort_values()
     shared = own
@@ -482,7 +500,7 @@ class _Album:
         return self._places[key]
 
     def _told(self, leak: pd.Series) -> Row:
-        told = {key: int(leak[key]) for key in ("seed", "round", "client", "image")}
+        told: Row = {key: int(leak[key]) for key in ("seed", "round", "client", "image")}
         told |= {
             "kind": leak["kind"],
             "attacker": leak["attacker"],
