@@ -164,6 +164,18 @@ def test_a_blurred_page_holds_no_original(study, tmp_path):
     assert sizes == {(4, 4)}
 
 
+def test_of_text_the_page_holds_sentences_and_blurred_none_that_was_written(tmp_path):
+    few = ["data.train_size=12", "data.test_size=4", "federation.clients=2", "federation.per_round=2", "rounds=1", "tap.rounds=[1]"]
+    text = ["data=text", "model=bert_tiny", "attack=bag_of_tokens", "tap.every=null", "engine.workers=1", "device=cpu"]
+    folder = runner.start(compose([*few, *text]), tmp_path / "text", "a test")
+    told, blurred = (report.data_of([folder], "a test", blur=blur) for blur in (False, True))
+    leaks = folder.leaks()
+    assert {(one["written"], one["read"]) for one in told["victims"]} == set(zip(leaks["truth"], leaks["recovered"], strict=True))
+    assert {one["written"] for one in blurred["victims"]} == {""}
+    assert not any(sentence in json.dumps(blurred) for sentence in leaks["truth"])
+    assert (told["images"], told["points"][0]["median"]) == ([], leaks["token_accuracy"].median())
+
+
 def test_the_page_loads_nothing_and_names_are_text(page):
     text = page.read_text()
     markup = text.replace('"http://www.w3.org/2000/svg"', "")  # a name, which nothing loads
@@ -371,6 +383,7 @@ def test_switches_the_slider_and_the_details_work(driven):
     assert driven["film"].startswith("round 2")
     assert driven["strip"] == 4  # truth and stolen in two rounds
     assert "median" in driven["tip"]
+    assert "fedsim run" in driven["tip"]
     assert driven["tipPictures"] == 4
     assert driven["moving"] == 12  # four victims; one defense has two attackers
     assert driven["open"]
