@@ -23,6 +23,8 @@ examples:
   fedsim deploy --nodes 4 defense=topk rounds=3                   the same on Flower's SuperLink and SuperNodes, a process each
   fedsim attack runs/NAME attack=idlg                             attack again what was captured
   fedsim plot runs/NAME runs/OTHER -o figures
+  fedsim table runs/NAME --format latex                           the summary table, for a paper
+  fedsim report runs/NAME -o report.html                          one page with everything there is to see
   fedsim invert --image me.jpg attack=dlg                         your own picture, taken back from its gradient
   fedsim study defenses-vs-dlg --workers 2                        a published question, as a grid of runs
   fedsim list defenses
@@ -116,6 +118,15 @@ def _parser() -> argparse.ArgumentParser:
     plot = _command(commands, "plot", _plot, "draw the figures of one run, or compare several")
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     plot.add_argument("-o", "--out", type=Path, help="folder of the figures (default: RUN/figures)")
+
+    table = _command(commands, "table", _table, "write the summary table of runs as Markdown, LaTeX or CSV")
+    table.add_argument("runs", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders of runs")
+    table.add_argument("--format", default="markdown", metavar="FORMAT", help="markdown, latex or csv (default: markdown)")
+
+    report = _command(commands, "report", _report, "write one HTML file with everything there is to see of runs")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders of runs")
+    report.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
+    report.add_argument("--blur", action="store_true", help="put no original into the file, only what is left of it in 4x4 pixels")
 
     invert = _command(commands, "invert", _invert, "steal one picture, your own if you like, and draw how")
     invert.formatter_class, invert.epilog = argparse.RawDescriptionHelpFormatter, INVERT
@@ -309,6 +320,27 @@ def _plot(arguments: argparse.Namespace) -> int:
     from fedsim.run import iterate
 
     return _finish(iterate(arguments.runs), arguments.runs[0] / "figures" if arguments.out is None else arguments.out)
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    from experiments.plots import summarised
+    from experiments.table import FORMATS, written
+    from fedsim.checks import one_of
+    from fedsim.run import iterate
+
+    one_of("--format", arguments.format, FORMATS)
+    print(written(summarised(iterate(arguments.runs)), arguments.format), end="")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    _quiet()
+    from experiments.progress import size
+    from experiments.report import write
+    from fedsim.run import iterate
+
+    print(f"  {arguments.out}  {size(write(iterate(arguments.runs), arguments.out, arguments.command_line, blur=arguments.blur))}")
+    return 0
 
 
 def _study(arguments: argparse.Namespace) -> int:

@@ -146,7 +146,37 @@ def against_none(folders: Sequence[RunFolder], rounds: pd.DataFrame) -> dict[str
     return {defense: replace(cost, p_different=p) for (defense, cost), p in zip(costs.items(), adjusted, strict=True)}
 
 
+@dataclass(frozen=True)
+class Summary:
+    """A table of text, for `summary` to show and `experiments.table` to write.
+
+    rows     what each defense costs and what it stops, a row for each attacker
+    guesses  what knowing nothing scores, in the same columns
+    notes    what stands below it, in lines
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    guesses: list[list[str]]
+    notes: list[str]
+
+
 def summary(folders: Sequence[RunFolder]) -> Table:
+    """What each defense costs and what it stops, for a terminal."""
+    told = summarised(folders)
+    table = Table(title=told.title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in told.columns:
+        table.add_column(column, justify="left" if column == "defense" else "right", no_wrap=column == "against none")
+    for row in told.rows:
+        table.add_row(*row)
+    for row in told.guesses:
+        table.add_row(*row, style="dim")
+    table.caption, table.caption_justify = "\n".join(told.notes) or None, "left"
+    return table
+
+
+def summarised(folders: Sequence[RunFolder]) -> Summary:
     """What each defense costs and what it stops, with n and 95 % Wilson intervals."""
     rounds, leaks = tables(folders)
     costs = against_none(folders, rounds)
@@ -155,8 +185,6 @@ def summary(folders: Sequence[RunFolder]) -> Table:
     text = of_text(folders)
     bar = f"{STOLEN_TOKENS:.0%} of a sentence's words in place" if text else f"MSE < {STOLEN_MSE} on pixels in [0, 1]"
     title = f"stolen: {bar}{who}; adaptive: by an attacker who knows the defense, else by one who does not"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("defense")
     scores = (
         ("stolen", "words found", "in place", "ROUGE-L", "exact", "not converged")
         if text
@@ -164,8 +192,8 @@ def summary(folders: Sequence[RunFolder]) -> Table:
     )
     proofs = ("epsilon", f"{GUESS:.0%} guess") if "epsilon" in rounds else ()  # no column where nobody has one
     compared = ("against none",) if costs else ()
-    for column in ("accuracy", *compared, "sent", "of dense", *proofs, *scores):
-        table.add_column(column, justify="right", no_wrap=column in compared)
+    columns = ["defense", "accuracy", *compared, "sent", "of dense", *proofs, *scores]
+    rows = []
     for defense in _in_order(rounds["defense"]):
         of = rounds[rounds["defense"] == defense]
         final = of.dropna(subset="accuracy").sort_values("round").groupby("run")["accuracy"].last()
@@ -178,20 +206,23 @@ def summary(folders: Sequence[RunFolder]) -> Table:
             for attack in attacks:
                 name = label if len(attacks) == 1 else f"{label}, {attack}"
                 victims = here[(here["defense"] == label) & (here["attack"] == attack)] if len(here) else here
-                table.add_row(name, *cells, *(_text_cells(victims) if text else _leak_cells(victims)))
-    table.caption, table.caption_justify = "\n".join(filter(None, (_compared(costs), _found(folders)))) or None, "left"
-    blank = [""] * len(compared + proofs)
-    if len(leaks) and text:
-        first = leaks[(leaks["attack"] == attacks[0]) & (leaks["defense"] == leaks["defense"].iloc[0])]
+                rows.append([name, *cells, *(_text_cells(victims) if text else _leak_cells(victims))])
+    notes = [note for note in (_compared(costs), _found(folders)) if note]
+    return Summary(title, columns, rows, _guesses(leaks, attacks[0], len(compared + proofs), text), notes)
+
+
+def _guesses(leaks: pd.DataFrame, attack: str, blank: int, text: bool) -> list[list[str]]:
+    if not len(leaks):
+        return []
+    # The victims are the same for every defense and attack.
+    first = leaks[(leaks["attack"] == attack) & (leaks["defense"] == leaks["defense"].iloc[0])]
+    before = ["", "", "", *[""] * blank]
+    if text:
         passed = int((first["typical_token_accuracy"] >= STOLEN_TOKENS).sum())
         shares = [f"{first[f'typical_{score}'].mean():.0%}" for score in ("token_accuracy", "rougeL")]
-        table.add_row("the usual words", "", "", "", *blank, str(Rate(passed, len(first))), "", *shares, "", "", style="dim")
-    elif len(leaks):
-        # The victims are the same for every defense and attack.
-        first = leaks[(leaks["attack"] == attacks[0]) & (leaks["defense"] == leaks["defense"].iloc[0])]
-        for name, what in (("grey", "a grey card"), ("mean_image", "the mean image"), ("mean_colour", "its mean colour")):
-            table.add_row(what, "", "", "", *blank, *_bars(first, f"{name}_"), "", _median(first, f"{name}_"), "", style="dim")
-    return table
+        return [["the usual words", *before, str(Rate(passed, len(first))), "", *shares, "", ""]]
+    names = (("grey", "a grey card"), ("mean_image", "the mean image"), ("mean_colour", "its mean colour"))
+    return [[what, *before, *_bars(first, f"{name}_"), "", _median(first, f"{name}_"), ""] for name, what in names]
 
 
 def _cost(cost: Difference) -> str:
@@ -540,7 +571,7 @@ def _page(rows: _Rows, victims: pd.Index, attack: str) -> Figure:
                 picture(axes, torch.ones(1, 1, 1))
                 axes.set_xlabel("missed", fontsize=8, labelpad=1)
                 continue
-            picture(axes, folder.reconstructions(leak["made_by"], victim[0])[_sender(leak, victim[1])][int(leak["reconstruction"])])
+            picture(axes, folder.reconstructions(leak["made_by"], victim[0])[sender(leak, victim[1])][int(leak["reconstruction"])])
             doubt = " ?" if leak["verdict"] == "not converged" else ""
             axes.set_xlabel(f"{leak['psnr_db']:.1f} dB{doubt}", fontsize=8, labelpad=1)
             if victim == order[0]:
@@ -561,18 +592,18 @@ def _traces(folders: Sequence[RunFolder], attack: str, out: Path) -> list[Path]:
         leaks = leaks[leaks["attack"] == attack].sort_values("mse") if len(leaks) else leaks
         for place in sorted({0, (len(leaks) - 1) // 2}) if len(leaks) else ():
             round, client, image, at = (int(leaks.iloc[place][key]) for key in ("round", "client", "image", "reconstruction"))
-            sender = _sender(leaks.iloc[place], client)
-            trace = folder.traces(leaks.iloc[place]["made_by"], round).get(sender)
+            whose = sender(leaks.iloc[place], client)
+            trace = folder.traces(leaks.iloc[place]["made_by"], round).get(whose)
             if trace is not None:
                 truth = setup_of(folder.config).truth(round, client)[0][image].cpu()
-                through = "_sum" if sender == SUM else ""
+                through = "_sum" if whose == SUM else ""
                 name = f"{folder.path.name}_round_{round:05d}_client_{client:05d}_image_{image}{through}"
                 about = f"by {attack} from client {client}{' in a sum' * bool(through)} in round {round} of {folder.path.name}"
                 made += draw_trace(trace, truth, out / name, about, at=at)
     return made
 
 
-def _sender(leak: pd.Series, client: int) -> int:
+def sender(leak: pd.Series, client: int) -> int:
     """Whose reply a client's image was taken out of: its own, or the sum."""
     return SUM if leak["seen"].startswith("sum") else client
 

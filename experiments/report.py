@@ -1,0 +1,600 @@
+"""One HTML file with everything there is to see of runs: no network, no other file, data as JSON, pictures as WebP.
+
+Numbers are computed here, from the runs' tables; the page, `report.html` beside this file, selects and draws them. Whatever comes
+from a configuration gets into the page as text, never as markup.
+"""
+
+import base64
+import functools
+import html
+import io
+import json
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from scipy import stats
+from torch import Tensor
+
+from attacks.metrics import BARS, Rate, success_rates
+from experiments.card import GUESS, card, obstacles
+from experiments.config import GROUPS, Config, ConfigError, compose, conditions, contender, label, without_defense
+from experiments.pictures import moments
+from experiments.plots import IMAGES, KNOWING, PERFECT, TEXTS, of_text, sender, summarised, tables
+from experiments.progress import size
+from experiments.scoring import STOLEN_MSE
+from experiments.statistics import LEVEL
+from fedsim.files import write_bytes
+from fedsim.observation import Trace
+from fedsim.run import RunFolder
+from fedsim.setup import build, setup_of
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+PICTURES = 12  # victims of each contender in the gallery
+FRAMES = 20  # of an animation
+STILLS, FILMS = 8_000_000, 3_000_000  # bytes that pictures and animations may take, before base64
+CURVE = 200  # points of an accuracy curve
+LEAST = math.ceil(-math.log2(LEVEL))  # thefts that have to fail before a sign test can show anything: 2^-5 < 5 %
+ATTACKERS = ("naive", "adaptive")
+
+Row = dict[str, Any]
+
+
+def write(folders: Sequence[RunFolder], path: Path, command: str, *, blur: bool = False) -> int:
+    """Writes the report of these runs, and returns its size in bytes.
+
+    blur  leave of each original 4x4 pixels, of a sentence nothing
+    """
+    page = rendered(data_of(folders, command, blur=blur)).encode()
+    write_bytes(path, page)
+    return len(page)
+
+
+def rendered(data: Row) -> str:
+    """The page that shows `data`."""
+    # A "<" could end the script element that holds the data.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    title, template = html.escape(data["title"]), TEMPLATE.read_text(encoding="utf-8")
+    return template.replace("__TITLE__", title).replace("__DATA__", text)
+
+
+def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -> Row:
+    """All that the page shows, as plain values. Raises ValueError where nothing was attacked."""
+    rounds, leaks = tables(folders)
+    where = ", ".join(str(folder.path) for folder in folders[:3]) + ", …" * (len(folders) > 3)
+    if not len(rounds):
+        raise ValueError(f"{where}: no round is finished yet")
+    if not len(leaks):
+        raise ValueError(f"{where}: nothing was attacked, so there is no leak to report; fedsim attack RUN attack=NAME")
+    text, configs = of_text(folders), {str(folder.path): folder.config for folder in folders}
+    leaks = leaks.assign(
+        kind=leaks["defense"].str.removesuffix(KNOWING),
+        contender=leaks["run"].map(lambda run: contender(configs[run])),
+        under=leaks["run"].map(lambda run: conditions(configs[run])),
+        bare=leaks["run"].map(lambda run: without_defense(configs[run])),
+        score=leaks["token_accuracy"]
+        if text
+        else leaks["psnr_db"].clip(upper=PERFECT).fillna(0.0),  # what is no number is as far off as can be
+    )
+    contenders = [_contender(name, of, rounds) for name, of in _by_contender(folders).items()]
+    points, ranking = [], []
+    album = _Album({str(folder.path): folder for folder in folders}, text, blur)
+    for (kind, attack), of in leaks.groupby(["kind", "attack"], sort=False):
+        points += _points(str(kind), str(attack), of, rounds, album)
+        ranking.append(_ranked(str(kind), str(attack), of, leaks[leaks["attack"] == attack]))
+    ranking.sort(key=lambda row: (row["attack"], row["strongest"], row["score"]))
+    gallery = [
+        {"kind": kind, "attack": attack, "victims": _gallery(of, leaks[leaks["attack"] == attack], album)}
+        for (kind, attack), of in leaks.groupby(["kind", "attack"], sort=False)
+    ]
+    album.fill()
+    shown = TEXTS if text else IMAGES
+    table = summarised(folders)
+    first = folders[0].config
+    data = ", ".join(dict.fromkeys(f"{c['choices']['data']} with {c['choices']['model']}" for c in configs.values()))
+    return {
+        "title": f"fedsim: {data}",
+        "text": text,
+        "blurred": blur,
+        "command": command,
+        "pictures": PICTURES,
+        "words": _in_words(folders, contenders, ranking, leaks, data, text),
+        "score": {
+            "name": "in place" if text else "PSNR",
+            "axis": shown.axis,
+            "most": shown.most,
+            "bar": shown.bar,
+            "unit": "%" if text else "dB",
+        }
+        | {"stolen": shown.stolen, "guess": _number(leaks[shown.trivial].median()), "trivial": shown.guess},
+        "contenders": contenders,
+        "points": points,
+        "ranking": ranking,
+        "gallery": gallery,
+        "heat": [
+            _heat(str(kind), str(attack), str(who), of)
+            for (kind, attack, who), of in leaks.groupby(["kind", "attack", "attacker"], sort=False)
+        ],
+        "table": {
+            "title": table.title,
+            "columns": table.columns,
+            "rows": table.rows,
+            "guesses": table.guesses,
+            "notes": table.notes,
+        },
+        "stages": sorted({int(round) for round in leaks["round"]}),
+        "victims": album.victims,
+        "images": album.images,
+        "films": album.films,
+        "left_out": album.left_out,
+        "test": f"{first['choices']['data']} test set",
+    }
+
+
+def _by_contender(folders: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
+    found: dict[str, list[RunFolder]] = {}
+    for folder in folders:
+        found.setdefault(contender(folder.config), []).append(folder)
+    return found
+
+
+def _contender(name: str, folders: Sequence[RunFolder], rounds: pd.DataFrame) -> Row:
+    """What training under a defense cost, what is proved of it, and how to do it again."""
+    of = rounds[rounds["run"].isin([str(folder.path) for folder in folders])].sort_values("round")
+    tested = of.dropna(subset="accuracy")
+    ends = tested.groupby("run")["accuracy"].last()
+    by = tested.groupby("round")["accuracy"]
+    curve = [
+        [int(round), mean, low, high] for round, mean, low, high in zip(by.mean().index, by.mean(), by.min(), by.max(), strict=True)
+    ]
+    last = of.groupby("run").last()
+    config = folders[0].config
+    return {
+        "name": name,
+        "accuracy": _number(ends.mean()),
+        "accuracies": [float(ends.min()), float(ends.max())] if len(ends) else [],
+        "curve": [curve[place] for place in _evenly(len(curve), CURVE)],
+        "sent": float(of.groupby("run")["bytes_up"].sum().mean()),
+        "sent_text": size(of.groupby("run")["bytes_up"].sum().mean()) if len(of) else "",
+        "share": float(of["bytes_up"].sum() / max(1, of["bytes_up_dense"].sum())) if len(of) else None,
+        "proof": _proof(last) if "epsilon" in last and np.isfinite(last["epsilon"]).all() else None,
+        "bare": without_defense(config),
+        "card": _card(config),
+        "runs": [_run(folder, of[of["run"] == str(folder.path)]) for folder in folders],
+    }
+
+
+def _proof(last: pd.DataFrame) -> Row:
+    worst = last.sort_values("epsilon").iloc[-1]
+    return {
+        "epsilon": float(worst["epsilon"]),
+        "delta": float(worst["delta"]),
+        "bound": float(worst["reconstruction_bound"]),
+        "guess": GUESS,
+    }
+
+
+def _card(config: Config) -> list[list[str]]:
+    """The threat-model card, with the conditions under which the run's attack is weak or hopeless anyway."""
+    setup, attack = setup_of(config), build(config["attack"]) if config["attack"] else None
+    told = {"naive": [False], "adaptive": [True], "both": [False, True]}[config.get("attacker", "naive")]
+    lines = card(setup, build(config["tap"]), config["choices"]["attack"], label(config), told if attack is not None else [])
+    hard = [(f"{grade} attack", why) for grade, why in (obstacles(setup, attack) if attack is not None else [])]
+    return [list(line) for line in (*lines, *hard)]
+
+
+def _run(folder: RunFolder, rounds: pd.DataFrame) -> Row:
+    environment = json.loads((folder.path / "environment.json").read_text())
+    config = folder.config
+    done = int(rounds["round"].max()) if len(rounds) else 0
+    return {
+        "name": folder.path.name,
+        "seed": config["seed"],
+        "rounds": done,
+        "of": config["rounds"],
+        "recorded": environment["command"],
+        "command": replay(config),
+        "config": json.dumps(config, indent=2),
+        "made": {key: value for key, value in environment.items() if key != "command"},
+    }
+
+
+def replay(config: Config) -> str | None:
+    """The command that makes this run again, or None where today's choices have no such name or setting.
+
+    What a setting or a choice says already is left out. Settings that were added since then are as they are by default.
+    """
+    try:
+        overrides = _overrides(config)
+    except ConfigError:  # a choice that has gone since
+        return None
+    if any(override.startswith("+") for override in overrides):
+        return None
+    return shlex.join(["fedsim", "run", *overrides, f"seed={config['seed']}"])
+
+
+def _overrides(config: Config) -> list[str]:
+    chosen = config["choices"]
+    setting = [f"setting={chosen['setting']}"] if chosen.get("setting") not in (None, "none") else []
+    found = tuple(setting)
+    for groups in (_CHOSEN, ("model/bottleneck",)):  # a defense may choose the bottleneck
+        now = _composed(found)["choices"]
+        found += tuple(f"{group}={chosen[group]}" for group in groups if chosen.get(group) not in (None, now.get(group)))
+    return [*found, *_differing(config, _composed(found), "")]
+
+
+_CHOSEN = tuple(group for group in GROUPS if group not in ("setting", "model/init", "model/bottleneck"))
+
+
+@functools.lru_cache(maxsize=256)
+def _composed(overrides: tuple[str, ...]) -> Config:
+    return compose(overrides)
+
+
+def _differing(config: Config, composed: Config, path: str) -> list[str]:
+    """Overrides for what `config` has otherwise, without `seed`, `name`, `out` and the names of choices."""
+    found = []
+    for key, value in config.items():
+        if not path and key in ("seed", "name", "out", "choices"):
+            continue
+        if isinstance(value, dict) and isinstance(composed.get(key), dict):
+            found += _differing(value, composed[key], f"{path}{key}.")
+        elif key not in composed or composed[key] != value:
+            found.append(f"{'' if key in composed else '+'}{path}{key}={_override(value)}")
+    return found
+
+
+def _override(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[\w./-]+", value) else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_override(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_override, value)) + "]"
+    return json.dumps(value)
+
+
+# Leaks.
+
+
+def _points(kind: str, attack: str, leaks: pd.DataFrame, rounds: pd.DataFrame, album: "_Album") -> list[Row]:
+    """What each attacker stole over all rounds (`stage` None), and in each; accuracy and bytes are those up to then."""
+    found = []
+    stages = sorted(leaks["round"].unique())
+    trained = rounds[rounds["run"].isin(leaks["run"])].sort_values("round")
+    for stage in (None, *map(int, stages)):
+        victims = leaks if stage is None else leaks[leaks["round"] == stage]
+        until = trained if stage is None else trained[trained["round"] <= stage]
+        accuracy = until.dropna(subset="accuracy").groupby("run")["accuracy"].last()
+        here = []
+        for who in ATTACKERS:
+            of = victims[victims["attacker"] == who].sort_values("score", ascending=False, kind="stable")
+            if not len(of):
+                continue
+            here.append(
+                {
+                    "kind": kind,
+                    "contender": of["contender"].iloc[0],
+                    "attack": attack,
+                    "attacker": who,
+                    "stage": stage,
+                    "accuracy": _number(accuracy.mean()),
+                    "sent": float(until.groupby("run")["bytes_up"].sum().mean()),
+                    "dense": float(until["bytes_up"].sum() / max(1, until["bytes_up_dense"].sum())),
+                    **_counts(of),
+                    "median_victim": album.want(of.iloc[(len(of) - 1) // 2]),
+                    "worst_victim": album.want(of.iloc[0]),
+                    "scores": [round(float(value), 2) for value in of["score"]] if stage is None else [],
+                }
+            )
+        for point in here:
+            point["stronger"] = point is max(here, key=_strength)
+        found += here
+    return found
+
+
+def _counts(victims: pd.DataFrame) -> Row:
+    rate = Rate(int((victims["verdict"] == "stolen").sum()), len(victims))
+    bars = {name: str(bar) for name, bar in success_rates(victims).items()} if "mse" in victims else {}
+    return {
+        "n": rate.n,
+        "stolen": rate.passed,
+        "share": rate.share,
+        "interval": list(rate.interval),
+        "lost": int((victims["verdict"] == "not converged").sum()),
+        "bars": {name: bar for name, bar in bars.items() if name != next(iter(BARS))},
+        "median": float(victims["score"].median()),
+        "best": float(victims["score"].max()),
+        "labels": int(victims["label_right"].sum()),
+    }
+
+
+def _strength(counts: Row) -> tuple[float, float]:
+    """Who stole more is the stronger attacker; of two that stole as much, who came closer."""
+    return counts["share"], counts["median"]
+
+
+def _ranked(kind: str, attack: str, leaks: pd.DataFrame, every: pd.DataFrame) -> Row:
+    """A line of the ranking, which goes by the stronger attacker, and what may be said of the defense.
+
+    A defense is shown to protect against an attacker where that one stole from fewer of the same victims than were stolen from
+    without a defense (exact sign test of the pairs, one-sided, 5 %, each by itself).
+    """
+    by = {who: _counts(of) for who in ATTACKERS if len(of := leaks[leaks["attacker"] == who])}
+    stronger = max(by, key=lambda who: _strength(by[who]))
+    row = {"kind": kind, "contender": leaks["contender"].iloc[0], "attack": attack, "by": by, "stronger": stronger}
+    row |= {"strongest": by[stronger]["share"], "score": by[stronger]["median"], "flag": False}
+    if leaks["bare"].all():
+        return row | {"says": "no defense: what the others are held against"}
+    bare = every[every["bare"] & every["under"].isin(leaks["under"])]
+    if not len(bare):
+        return row | {"says": "no run without a defense to compare with"}
+    hardest = max(ATTACKERS, key=lambda who: _strength(_counts(of)) if len(of := bare[bare["attacker"] == who]) else (-1.0, 0.0))
+    without = _stolen(bare[bare["attacker"] == hardest])
+    protects = {who: _protects(_stolen(leaks[leaks["attacker"] == who]), without) for who in by}
+    row["p"] = protects
+    if any(p is None for p in protects.values()):
+        return row | {"says": f"too few victims to tell: fewer than {LEAST} of them were stolen without a defense"}
+    safe = {who for who, p in protects.items() if p is not None and p < LEVEL}
+    if len(by) == 1:
+        (who,) = by
+        other = next(one for one in ATTACKERS if one != who)
+        what = "fewer thefts than without a defense" if safe else "no fewer thefts were shown"
+        return row | {"says": f"{what}; the {other} attacker was not tried"}
+    if safe == {"naive"}:
+        return row | {"flag": True, "says": "protects only against the naive attacker"}
+    if safe == {"adaptive"}:
+        return row | {"says": "fewer thefts by the adaptive attacker only: the naive one is the stronger here"}
+    return row | {"says": "fewer thefts than without a defense, by both attackers" if safe else "no fewer thefts were shown"}
+
+
+def _stolen(leaks: pd.DataFrame) -> pd.Series:
+    """Whether each victim was stolen from, by who it is; seeds decide who is attacked."""
+    keys = ["under", "seed", "round", "client", "image"]
+    return (leaks["verdict"] == "stolen").groupby([leaks[key] for key in keys]).any()
+
+
+def _protects(behind: pd.Series, without: pd.Series) -> float | None:
+    """p of the sign test over victims that both were after; None where so few were stolen that no outcome could show anything."""
+    both = pd.concat([behind, without], axis=1, join="inner", keys=["behind", "without"])
+    if both["without"].sum() < LEAST:
+        return None
+    fewer, more = int((both["without"] & ~both["behind"]).sum()), int((both["behind"] & ~both["without"]).sum())
+    return float(stats.binomtest(fewer, fewer + more, alternative="greater").pvalue) if fewer + more else 1.0
+
+
+def _heat(kind: str, attack: str, who: str, leaks: pd.DataFrame) -> Row:
+    """The best score of each client in each round, and how many of its images were stolen."""
+    keys = ["seed", "client", "round"]
+    cells = [
+        [*(int(of[key].iloc[0]) for key in keys), float(of["score"].max()), int((of["verdict"] == "stolen").sum()), len(of)]
+        for _, of in leaks.groupby(keys)
+    ]
+    return {"kind": kind, "attack": attack, "attacker": who, "cells": cells}
+
+
+def _in_words(
+    folders: Sequence[RunFolder], contenders: list[Row], ranking: list[Row], leaks: pd.DataFrame, data: str, text: bool
+) -> list[str]:
+    """The report in a few sentences."""
+    what = "sentences" if text else "images"
+    seeds = leaks["seed"].nunique()
+    said = [
+        f"{_many(len(folders), 'run')} on {data}: {_many(len(contenders), 'contender')}, {_many(seeds, 'seed')}, "
+        f"{len(leaks)} attacks on {what} by {', '.join(leaks['attack'].unique())}."
+    ]
+    unfinished = [run["name"] for one in contenders for run in one["runs"] if run["rounds"] < run["of"]]
+    if unfinished:
+        said.append(f"Not finished, and counted as far as they are: {', '.join(unfinished)}.")
+    for row in ranking:
+        if "held against" in row["says"]:
+            counts = row["by"][row["stronger"]]
+            said.append(f"Behind {row['kind']}, {row['attack']} ({row['stronger']}) stole {_of(counts)}.")
+    defended = [row for row in ranking if "held against" not in row["says"]]
+    if defended:
+        best, worst = defended[0], defended[-1]
+        least = (
+            f"Of the defenses, {best['kind']} gave away least to its stronger attacker "
+            f"({best['stronger']}, {best['attack']}): {_of(best['by'][best['stronger']])}"
+        )
+        most = f"; {worst['kind']} gave away most: {_of(worst['by'][worst['stronger']])}." if len(defended) > 1 else "."
+        said.append(least + most)
+    if flagged := list(dict.fromkeys(row["kind"] for row in ranking if row["flag"])):
+        said.append(f"These protect only against the naive attacker, who does not know them: {'; '.join(flagged)}.")
+    if lost := int((leaks["verdict"] == "not converged").sum()):
+        said.append(
+            f"{lost} of the {len(leaks)} attacks did not converge: this attacker did not get there, "
+            "which does not mean that the victim was protected."
+        )
+    if not text:
+        easy = int((leaks["mean_colour_mse"] < STOLEN_MSE).sum())
+        said.append(
+            f"A theft is counted at {next(iter(BARS))}, which an image of one colour, the mean of the original, passes for {easy} "
+            f"of these {len(leaks)}; the summary table has stricter bars beside it."
+        )
+    return said
+
+
+def _of(counts: Row) -> str:
+    low, high = counts["interval"]
+    return f"{counts['stolen']} of {counts['n']} (95 % interval {100 * low:.0f}-{100 * high:.0f} %, {counts['lost']} not converged)"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+# Pictures.
+
+
+def _gallery(leaks: pd.DataFrame, every: pd.DataFrame, album: "_Album") -> list[dict[str, int]]:
+    """Up to `PICTURES` victims, spread evenly, for each the place of what each attacker made of it.
+
+    They are the same for all defenses, if there are as many that all were tried on.
+    """
+    keys = ["under", "seed", "round", "client", "image"]
+    own = pd.MultiIndex.from_frame(leaks[keys]).unique().sort_values()
+    shared = own
+    for _, other in every.groupby("kind", sort=False):
+        shared = shared.intersection(pd.MultiIndex.from_frame(other[keys]))
+    chosen = shared.sort_values() if len(shared) >= min(PICTURES, len(own)) else own
+    rows = leaks.set_index(keys).assign(at=np.arange(len(leaks)))
+    found = []
+    for place in _evenly(len(chosen), PICTURES):
+        both = rows.loc[[chosen[place]]]
+        found.append(
+            {
+                who: album.want(leaks.iloc[int(of["at"].iloc[0])], True)
+                for who in ATTACKERS
+                if len(of := both[both["attacker"] == who])
+            }
+        )
+    return found
+
+
+def _evenly(count: int, most: int) -> list[int]:
+    """Up to `most` of `count` places, the first and the last among them."""
+    return [int(place) for place in np.unique(np.linspace(0, count - 1, min(most, count)).round())]
+
+
+@dataclass
+class _Album:
+    """Victims that the page shows, with their pictures, each once.
+
+    victims   what is said of each
+    images    WebP as data URIs; `films` those of animations
+    left_out  pictures and animations that there was no room for
+    """
+
+    folders: dict[str, RunFolder]
+    text: bool
+    blur: bool
+    victims: list[Row] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    films: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=lambda: {"pictures": 0, "animations": 0})
+    _leaks: list[pd.Series] = field(default_factory=list)
+    _places: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    _moving: set[int] = field(default_factory=set)
+    _stored: dict[bytes, int] = field(default_factory=dict)
+    _bytes: int = 0
+
+    def want(self, leak: pd.Series, moving: bool = False) -> int:
+        """The place of a victim among `victims`, of which there is an animation if that was asked for and recorded."""
+        key = (leak["run"], leak["made_by"], leak["seen"], *(int(leak[name]) for name in ("round", "client", "image")))
+        if key not in self._places:
+            self._places[key] = len(self.victims)
+            self._leaks.append(leak)
+            self.victims.append(self._told(leak))
+        if moving:
+            self._moving.add(self._places[key])
+        return self._places[key]
+
+    def _told(self, leak: pd.Series) -> Row:
+        told: Row = {key: int(leak[key]) for key in ("seed", "round", "client", "image")}
+        told |= {
+            "kind": leak["kind"],
+            "attacker": leak["attacker"],
+            "attack": leak["attack"],
+            "run": self.folders[leak["run"]].path.name,
+        }
+        told |= {"verdict": leak["verdict"], "score": _number(leak["score"]), "label_right": bool(leak["label_right"])}
+        if self.text:
+            return told | {"written": "" if self.blur else leak["truth"], "read": leak["recovered"]}
+        return told | {name: _number(leak[name]) for name in ("mse", "psnr_db", "ssim", "lpips") if name in leak}
+
+    def fill(self) -> None:
+        """Adds the pictures: of runs on the same data one after the other, so that data are loaded once."""
+        if self.text:
+            return
+        configs = {run: folder.config for run, folder in self.folders.items()}
+        order = sorted(
+            range(len(self._leaks)), key=lambda i: (self._leaks[i]["under"], self._leaks[i]["seed"], self._leaks[i]["run"])
+        )
+        truths: dict[tuple[Any, ...], Tensor] = {}
+        made: tuple[Any, dict[int, Tensor]] = None, {}
+        for i in order:
+            leak, told = self._leaks[i], self.victims[i]
+            run, round, client = leak["run"], told["round"], told["client"]
+            if (key := (leak["under"], leak["seed"], round, client)) not in truths:
+                truths[key] = setup_of(configs[run]).truth(round, client)[0].cpu()
+            if made[0] != (run, leak["made_by"], round):
+                made = (run, leak["made_by"], round), self.folders[run].reconstructions(leak["made_by"], round)
+            truth = truths[key][told["image"]]
+            told["truth"] = self._still(_coarse(truth) if self.blur else truth)
+            if (at := int(leak["reconstruction"])) >= 0:  # else the attack says that it has nothing of this one
+                told["stolen"] = self._still(made[1][sender(leak, client)][at])
+        self._animate()
+
+    def _still(self, image: Tensor) -> int | None:
+        return self._kept(_webp([image]))
+
+    def _kept(self, data: bytes) -> int | None:
+        if data not in self._stored:
+            if self._bytes + len(data) > STILLS:
+                self.left_out["pictures"] += 1
+                return None
+            self._bytes += len(data)
+            self._stored[data] = len(self.images)
+            self.images.append(_uri(data))
+        return self._stored[data]
+
+    def _animate(self) -> None:
+        """Films of those in the gallery that have a trace; no contender takes more than its part of the room."""
+        traces: dict[tuple[Any, ...], dict[int, Trace]] = {}
+        by: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
+        for i in sorted(self._moving):
+            leak = self._leaks[i]
+            key = (leak["run"], leak["made_by"], int(leak["round"]))
+            if key not in traces:
+                traces[key] = self.folders[leak["run"]].traces(*key[1:])
+            trace = traces[key].get(sender(leak, int(leak["client"])))
+            if trace is not None and leak["reconstruction"] >= 0:
+                frames = trace.images[moments(trace, FRAMES), int(leak["reconstruction"])]
+                by.setdefault((leak["kind"], leak["made_by"]), []).append((i, frames))
+        for several in by.values():
+            left = FILMS // len(by)
+            for i, frames in several:
+                data = _webp(list(frames))
+                if len(data) > left:
+                    self.left_out["animations"] += 1
+                    continue
+                left -= len(data)
+                self.victims[i]["film"] = len(self.films)
+                self.films.append(_uri(data))
+
+
+def _coarse(image: Tensor) -> Tensor:
+    """What is left of an image (C, H, W) in 4x4 pixels."""
+    return torch.nn.functional.adaptive_avg_pool2d(image.float(), 4)
+
+
+def _webp(images: Sequence[Tensor]) -> bytes:
+    """An image (C, H, W), or several as an animation that stands at its last; small ones exactly, pixel by pixel."""
+    pixels = [
+        (image.detach().cpu().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy() for image in images
+    ]
+    first, *rest = [Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one).convert("RGB") for one in pixels]
+    out = io.BytesIO()
+    quality: Row = {"lossless": True, "quality": 50} if max(first.size) <= 64 and not rest else {"quality": 80}
+    more: Row = {"save_all": True, "append_images": rest, "duration": [150] * len(rest) + [2000], "loop": 0} if rest else {}
+    first.save(out, "WEBP", method=4, **quality, **more)
+    return out.getvalue()
+
+
+def _uri(data: bytes) -> str:
+    return "data:image/webp;base64," + base64.b64encode(data).decode()
+
+
+def _number(value: Any) -> float | None:
+    """JSON has no infinity and no "not a number"."""
+    return float(value) if value is not None and math.isfinite(value) else None

@@ -1,0 +1,70 @@
+"""The summary table of runs as Markdown, LaTeX or CSV, for papers and documents."""
+
+import csv
+import io
+import re
+
+from experiments.plots import Summary
+from fedsim.checks import one_of
+
+FORMATS = ("markdown", "latex", "csv")
+_LATEX = {char: f"\\{char}" for char in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+}
+
+
+def written(table: Summary, form: str = "markdown") -> str:
+    """The table, what knowing nothing scores, title and notes, as text that ends with a line; CSV holds the rows alone."""
+    one_of("format", form, FORMATS)
+    return {"markdown": _markdown, "latex": _latex, "csv": _csv}[form](table)
+
+
+def _markdown(table: Summary) -> str:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(re.sub(r"([\\|<>*_`\[\]])", r"\\\1", cell).replace("\n", "; ") for cell in cells) + " |"
+
+    rule = ["---", *["---:"] * (len(table.columns) - 1)]
+    body = [line(row) for row in table.rows + table.guesses]
+    notes = [text for note in table.notes for text in ("", note)]
+    return "\n".join([table.title, "", line(table.columns), "| " + " | ".join(rule) + " |", *body, *notes, ""])
+
+
+def _latex(table: Summary) -> str:
+    """A `tabular` of the package booktabs, with title and notes as the caption of its `table`."""
+
+    def told(text: str) -> str:
+        return "".join(_LATEX.get(char, char) for char in text).replace("\n", "; ")
+
+    def lines(rows: list[list[str]]) -> list[str]:
+        return [" & ".join(map(told, row)) + r" \\" for row in rows]
+
+    caption = ". ".join([table.title, *table.notes])
+    guesses = [r"\midrule", *lines(table.guesses)] if table.guesses else []
+    return "\n".join(
+        [
+            r"\begin{table}",
+            rf"\caption{{{told(caption)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
+            r"\toprule",
+            *lines([table.columns]),
+            r"\midrule",
+            *lines(table.rows),
+            *guesses,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _csv(table: Summary) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([table.columns, *table.rows, *table.guesses])
+    return out.getvalue()

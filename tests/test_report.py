@@ -1,0 +1,391 @@
+"""The report page: its numbers are those of the runs' tables, it needs nothing but itself, and it works in a browser."""
+
+import base64
+import csv
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageSequence
+from test_cli import fedsim
+
+from experiments import plots, report, runner, table
+from experiments.config import compose
+from fedsim.run import RunFolder
+from fedsim.setup import setup_of
+
+SMALL = ["data.train_size=41", "data.test_size=13", "federation.clients=3", "federation.per_round=2", "rounds=2", "device=cpu"]
+SMALL += ["engine.workers=1", "tap.every=null", "tap.rounds=[1,2]", "tap.clients=2", "model=lenet_silu"]
+SMALL += ["attack=cosine_lbfgs", "attack.evaluations=6", "attack.restarts=1", "attack.record=2", "attacker=both"]
+EVIL = "<img src=x onerror=alert(1)></script><b>"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """Two runs of two rounds, attacked by somebody who knows the defense and by somebody who does not; one has an evil name."""
+    out = tmp_path_factory.mktemp("study")
+    for name, more in (("none", []), ("quantized", ["defense=uniform"])):
+        runner.start(compose([*SMALL, *more]), out / name, "fedsim a test")
+    path = out / "quantized" / "config.json"
+    config = json.loads(path.read_text())
+    config["choices"]["defense"] = EVIL
+    path.write_text(json.dumps(config))
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(study, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    assert fedsim("report", study, "-o", path) == 0
+    return path
+
+
+def data_in(page: Path) -> dict:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+# The summary as text.
+
+
+def test_the_table_says_in_each_format_what_the_terminal_says(study, capsys):
+    folders = [RunFolder(study / name) for name in ("none", "quantized")]
+    told = plots.summarised(folders)
+    shown = plots.summary(folders)
+    assert [list(column.cells) for column in shown.columns] == [
+        list(cells) for cells in zip(*told.rows, *told.guesses, strict=True)
+    ]
+    assert fedsim("table", study, "--format", "csv") == 0
+    assert list(csv.reader(io.StringIO(capsys.readouterr().out))) == [told.columns, *told.rows, *told.guesses]
+    assert fedsim("table", study) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith("| ")]
+    assert len(rows) == 2 + len(told.rows + told.guesses)
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == len(told.columns) + 1 for row in rows)
+    assert not re.search(r"(?<!\\)<", "".join(rows))
+    assert fedsim("table", study, "--format", "latex") == 0
+    latex = capsys.readouterr().out
+    body = [line for line in latex.splitlines() if line.endswith(r" \\")]
+    assert all(line.count(" & ") == len(told.columns) - 1 for line in body)
+    assert not re.search(r"(?<!\\)[%#$_](?!\\geq\$)", latex.replace(r"$\geq$", ""))
+
+
+def test_latex_says_what_is_special_in_words():
+    strange = plots.Summary("50%", ["a_b", "x"], [["\\ & {~}", "<5\nworse"]], [], [])
+    assert r"\textbackslash{} \& \{\textasciitilde{}\} & \textless{}5; worse \\" in table.written(strange, "latex")
+
+
+@pytest.mark.parametrize("command", [("table",), ("report",), ("table", "--format", "word")])
+def test_bad_input_is_one_line(command, study, tmp_path, capsys):
+    what, *more = command
+    where = study if more else tmp_path
+    assert fedsim(what, where, *more) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert ("holds no run" if not more else "'word'") in said
+
+
+def test_a_run_that_nobody_attacked_has_nothing_to_report(study, tmp_path, capsys):
+    shutil.copytree(study / "none", tmp_path / "alone")
+    (tmp_path / "alone" / "leaks.parquet").unlink()
+    assert fedsim("report", tmp_path / "alone", "-o", tmp_path / "report.html") == 2
+    said = capsys.readouterr().err
+    assert "nothing was attacked" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+# What the page holds.
+
+
+def test_numbers_are_those_of_the_tables(study, page):
+    data = data_in(page)
+    folders = [RunFolder(study / name) for name in ("none", "quantized")]
+    told = plots.summarised(folders)
+    assert (data["table"]["columns"], data["table"]["rows"]) == (told.columns, told.rows)
+    seen = set()
+    for folder, bare in zip(folders, (True, False), strict=True):
+        leaks, rounds = folder.leaks(), folder.rounds()
+        for point in data["points"]:
+            if (point["contender"] == "none") != bare:
+                continue
+            of = leaks[leaks["attacker"] == point["attacker"]]
+            of = of if point["stage"] is None else of[of["round"] == point["stage"]]
+            assert point["n"] == len(of)
+            assert point["stolen"] == (of["verdict"] == "stolen").sum()
+            assert point["lost"] == (of["verdict"] == "not converged").sum()
+            assert point["median"] == pytest.approx(of["psnr_db"].median())
+            until = rounds if point["stage"] is None else rounds[rounds["round"] <= point["stage"]]
+            assert point["accuracy"] == until["accuracy"].iloc[-1]
+            assert point["sent"] == until["bytes_up"].sum()
+            worst, median = (data["victims"][point[key]] for key in ("worst_victim", "median_victim"))
+            assert worst["mse"] == of["mse"].min()
+            assert median["mse"] == of["mse"].sort_values().iloc[(len(of) - 1) // 2]
+            seen.add((bare, point["attacker"], point["stage"]))
+    assert seen == {(True, "naive", s) for s in (None, 1, 2)} | {(False, w, s) for w in ("naive", "adaptive") for s in (None, 1, 2)}
+
+
+def test_pictures_are_the_originals_and_what_was_made_of_them(study, page):
+    data, folder = data_in(page), RunFolder(study / "none")
+    (shown,) = [one for one in data["gallery"] if one["kind"] == "none"]
+    assert len(shown["victims"]) == len(folder.leaks())  # four, which is below the bound
+    for both in shown["victims"]:
+        victim = data["victims"][both["naive"]]
+        truth = setup_of(folder.config).truth(victim["round"], victim["client"])[0][victim["image"]]
+        made = folder.reconstructions("cosine_lbfgs", victim["round"])[victim["client"]][0]
+        for what, image in (("truth", truth), ("stolen", made)):
+            with Image.open(io.BytesIO(base64.b64decode(data["images"][victim[what]].split(",")[1]))) as file:
+                pixels = np.asarray(file.convert("RGB"))
+            assert np.abs(pixels / 255 - image.clamp(0, 1).permute(1, 2, 0).numpy()).max() <= 0.5 / 255 + 1e-6
+        with Image.open(io.BytesIO(base64.b64decode(data["films"][victim["film"]].split(",")[1]))) as film:
+            shown = [moment.info["duration"] for moment in ImageSequence.Iterator(film) if moment.load() is not None]
+        # Equal moments are one frame that stands as long as all of them; the last stands two seconds.
+        evaluations = folder.traces("cosine_lbfgs", victim["round"])[victim["client"]].evaluations
+        assert sum(shown) == 150 * (len(evaluations) - 1) + 2000
+
+
+def test_a_blurred_page_holds_no_original(study, tmp_path):
+    assert fedsim("report", study / "none", "--blur", "-o", tmp_path / "report.html") == 0
+    data = data_in(tmp_path / "report.html")
+    sizes = set()
+    for victim in data["victims"]:
+        with Image.open(io.BytesIO(base64.b64decode(data["images"][victim["truth"]].split(",")[1]))) as file:
+            sizes.add(file.size)
+    assert sizes == {(4, 4)}
+
+
+def test_of_text_the_page_holds_sentences_and_blurred_none_that_was_written(tmp_path):
+    few = ["data.train_size=12", "data.test_size=4", "federation.clients=2", "federation.per_round=2", "rounds=1", "tap.rounds=[1]"]
+    text = ["data=text", "model=bert_tiny", "attack=bag_of_tokens", "tap.every=null", "engine.workers=1", "device=cpu"]
+    folder = runner.start(compose([*few, *text]), tmp_path / "text", "a test")
+    told, blurred = (report.data_of([folder], "a test", blur=blur) for blur in (False, True))
+    leaks = folder.leaks()
+    assert {(one["written"], one["read"]) for one in told["victims"]} == set(zip(leaks["truth"], leaks["recovered"], strict=True))
+    assert {one["written"] for one in blurred["victims"]} == {""}
+    assert not any(sentence in json.dumps(blurred) for sentence in leaks["truth"])
+    assert (told["images"], told["points"][0]["median"]) == ([], leaks["token_accuracy"].median())
+
+
+def test_the_page_loads_nothing_and_names_are_text(page):
+    text = page.read_text()
+    markup = text.replace('"http://www.w3.org/2000/svg"', "")  # a name, which nothing loads
+    assert not re.search(r"https?://", markup)
+    assert not re.search(r"@import|url\(|<link|<iframe", markup)
+    assert "default-src 'none'" in text
+    assert EVIL not in text
+    assert text.count("</script>") == 2  # those of the page itself
+    assert any(one["name"].startswith(EVIL) for one in data_in(page)["contenders"])
+    assert page.stat().st_size < 1_000_000
+
+
+def test_pictures_beyond_the_bound_are_left_out_and_counted(study, monkeypatch):
+    monkeypatch.setattr(report, "STILLS", 20_000)
+    monkeypatch.setattr(report, "FILMS", 0)
+    data = report.data_of([RunFolder(study / "none")], "a test")
+    assert sum(len(base64.b64decode(image.split(",")[1])) for image in data["images"]) <= 20_000
+    # Originals and reconstructions of four victims.
+    assert len(data["images"]) + data["left_out"]["pictures"] == 8
+    assert data["left_out"]["pictures"] > 0
+    assert (data["films"], data["left_out"]["animations"]) == ([], 4)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["seed=5"],
+        ["setting=dlg", "attack=idlg", "tap.clients=all", "defense=topk", "defense.ratio=0.3"],
+        ["setting=quickstart", "data=cifar10", "defense=precode", "tap.rounds=[1,200]"],
+        ["defense=gaussian", "defense.relative=null", "defense.variance=1e-4", "partition=dirichlet", "strategy=fedadam"],
+        ["data=cifar10", "data.root=/data/a b", "federation=fedavg", "model=resnet20", "server=imprint", "attack=imprint"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_the_command_of_a_run_composes_to_its_configuration(overrides):
+    config = compose(overrides)
+    command = report.replay(config)
+    assert command is not None
+    assert compose(shlex.split(command)[2:]) == config
+
+
+def test_there_is_no_command_for_what_todays_choices_do_not_have():
+    config = compose(["defense=topk"])
+    assert report.replay(config | {"choices": config["choices"] | {"defense": "gone"}}) is None
+    assert report.replay(config | {"defense": config["defense"] | {"gone": 1}}) is None
+
+
+# The ranking.
+
+
+def leaks_of(**stolen: list[int]) -> pd.DataFrame:
+    """Leaks of a defense, from whose victims an attacker stole (1) or not (0), and of none."""
+    rows = [
+        {
+            "bare": name == "none",
+            "attacker": "naive" if name == "none" else name,
+            "client": client,
+            "verdict": "stolen" if took else "not converged",
+        }
+        for name, each in stolen.items()
+        for client, took in enumerate(each)
+    ]
+    about = {
+        "seed": 0,
+        "round": 1,
+        "image": 0,
+        "under": "the same",
+        "score": 10.0,
+        "mse": 0.1,
+        "psnr_db": 10.0,
+        "label_right": True,
+    }
+    return pd.DataFrame(rows).assign(contender="A", **about)
+
+
+FLAG = "protects only against the naive attacker"
+
+
+@pytest.mark.parametrize(
+    ("naive", "adaptive", "says"),
+    [
+        ([0] * 12, [1] * 12, FLAG),
+        ([1] * 7 + [0] * 5, [1] * 8 + [0] * 4, FLAG),  # five fewer and none more: 2^-5 < 5 %; four fewer: 2^-4 is not
+        ([1] * 8 + [0] * 4, [1] * 12, "no fewer thefts were shown"),
+        ([0] * 12, [0] * 12, "fewer thefts than without a defense, by both attackers"),
+        ([0] * 12, None, "fewer thefts than without a defense; the adaptive attacker was not tried"),
+    ],
+)
+def test_the_flag_is_for_what_stops_the_naive_attacker_alone(naive, adaptive, says):
+    every = leaks_of(none=[1] * 12, naive=naive, **({} if adaptive is None else {"adaptive": adaptive}))
+    row = report._ranked("A", "dlg", every[~every["bare"]], every)
+    assert row["says"] == says
+    assert row["flag"] == (says == FLAG)
+
+
+def test_the_ranking_goes_by_the_stronger_attacker():
+    every = leaks_of(none=[1] * 12, naive=[0] * 12, adaptive=[1] * 9 + [0] * 3)
+    row = report._ranked("A", "dlg", every[~every["bare"]], every)
+    assert (row["stronger"], row["strongest"]) == ("adaptive", 0.75)
+
+
+def test_of_a_few_thefts_nothing_can_be_told():
+    every = leaks_of(none=[1] * 4 + [0] * 8, naive=[0] * 12, adaptive=[0] * 12)
+    assert report._ranked("A", "dlg", every[~every["bare"]], every)["says"].startswith("too few victims to tell")
+    alone = every[~every["bare"]]
+    assert report._ranked("A", "dlg", alone, alone)["says"] == "no run without a defense to compare with"
+
+
+# Colours.
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of WCAG 2, of #rgb or #rrggbb."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    values = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+    return sum(weight * v for weight, v in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("theme", [":root", r":root\[data-theme=dark\]"])
+def test_texts_and_marks_stand_out_from_what_is_behind_them(theme):
+    found = re.search(theme + r" \{(.*?)\}", report.TEMPLATE.read_text(), re.DOTALL)
+    assert found
+    colours = dict(re.findall(r"--(\w+): (#\w+)", found[1]))
+
+    def contrast(one: str, other: str) -> float:
+        low, high = sorted((luminance(colours[one]), luminance(colours[other])))
+        return (high + 0.05) / (low + 0.05)
+
+    for behind in ("back", "panel"):
+        for text in ("ink", "dim", "link", "flag"):
+            assert contrast(text, behind) >= 4.5, (text, behind)
+    for i in range(8):
+        assert contrast(f"c{i}", "back") >= 3.0, i
+
+
+# In a browser.
+
+CATCH = """<script>window.wrong = []; addEventListener("error", e => wrong.push(String(e.message)));
+addEventListener("securitypolicyviolation", e => wrong.push("blocked " + e.blockedURI));</script>"""
+FRAME = """<iframe src="page.html" style="width:{}px;height:900px;border:0"></iframe><pre></pre>
+<script>onmessage = e => document.querySelector("pre").textContent = btoa(unescape(encodeURIComponent(e.data)))</script>"""
+
+
+@pytest.fixture(scope="module", params=[375, 1440])
+def driven(request, page, tmp_path_factory) -> dict:
+    """What the page says in a window of this width; Chromium has none below 500 pixels, so it is a frame."""
+    folder, width = tmp_path_factory.mktemp(f"browser{request.param}"), request.param
+    text, drive = page.read_text(), Path(__file__).with_name("drive_report.js").read_text()
+    text = text.replace('<meta charset="utf-8">', '<meta charset="utf-8">' + CATCH, 1)
+    (folder / "page.html").write_text(text.replace("</body>", f"<script>{drive}</script></body>"))
+    (folder / "index.html").write_text(FRAME.format(width))
+    assert CHROMIUM
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    quiet += ["--disable-component-update", "--disable-sync", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"]
+    command = [
+        CHROMIUM,
+        *quiet,
+        "--window-size=1600,1000",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+        (folder / "index.html").as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    found = re.search(r"<pre>([\w+/=]+)</pre>", done.stdout)
+    assert found, done.stderr[-2000:]
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(base64.b64decode(found[1])) | {"console": console, "width": width}
+
+
+@browser
+def test_the_page_runs_without_errors_and_nothing_overflows(driven):
+    assert driven["wrong"] == driven["console"] == []
+    for scroll, inner in (driven["size"], driven["nobody"][2], driven["after"]):
+        assert inner == driven["width"]
+        assert scroll <= inner
+    assert driven["headings"][:6] == ["In words", "Ranking", "Frontier", "Accuracy", "Leak per round", "Pictures"]
+    assert driven["alts"] == driven["broken"] == driven["small"] == driven["strange"] == 0
+    assert driven["pictures"] >= 8
+    assert not driven["objects"]
+
+
+@browser
+def test_filters_change_what_is_shown(driven):
+    kinds = {kind for kind, _ in driven["all"]}
+    assert len(kinds) == 2
+    assert len(driven["all"]) == 3  # none has nothing to know
+    assert driven["leaks"] == 6  # in two rounds
+    assert {who for _, who in driven["naive"]} == {"naive"}
+    assert len(driven["naive"]) == len(driven["stronger"]) == 2
+    assert {kind for kind, _ in driven["none"]} == {"none"}
+    assert driven["ranked"] == 1
+    assert driven["nobody"][0] == []
+    assert "Nothing matches" in driven["nobody"][1]
+    assert {text.split(" ")[1] for text in driven["captions"]} == {"1", "2"}
+    assert {text.split(" ")[1] for text in driven["second"]} == {"2"}
+    assert any("dB" in text for text in driven["axes"])
+    assert any(text.startswith("sent") for text in driven["axes"])
+
+
+@browser
+def test_switches_the_slider_and_the_details_work(driven):
+    assert driven["themes"][0] != driven["themes"][1]
+    assert (driven["sharp"], driven["blurred"]) == ("none", "blur(7px)")
+    assert driven["film"].startswith("round 2")
+    assert driven["strip"] == 4  # truth and stolen in two rounds
+    assert "median" in driven["tip"]
+    assert "fedsim run" in driven["tip"]
+    assert driven["tipPictures"] == 4
+    assert driven["moving"] == 12  # four victims; one defense has two attackers
+    assert driven["open"]
+    assert "fedsim run" in driven["more"]
+    assert "not converged" in driven["more"]
