@@ -32,7 +32,7 @@ from experiments.plots import IMAGES, KNOWING, PERFECT, TEXTS, of_text, sender, 
 from experiments.progress import size
 from experiments.scoring import STOLEN_MSE
 from experiments.statistics import LEVEL
-from fedsim.files import write_bytes
+from fedsim.files import read_json, write_bytes
 from fedsim.observation import Trace
 from fedsim.run import RunFolder
 from fedsim.setup import build, setup_of
@@ -192,7 +192,7 @@ def _card(config: Config) -> list[list[str]]:
 
 
 def _run(folder: RunFolder, rounds: pd.DataFrame) -> Row:
-    environment = json.loads((folder.path / "environment.json").read_text())
+    environment = read_json(folder.path / "environment.json")
     config = folder.config
     done = int(rounds["round"].max()) if len(rounds) else 0
     return {

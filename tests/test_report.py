@@ -18,6 +18,7 @@ from test_cli import fedsim
 
 from experiments import plots, report, runner, table
 from experiments.config import compose
+from fedsim.files import read_json, write_json
 from fedsim.run import RunFolder
 from fedsim.setup import setup_of
 
@@ -36,9 +37,9 @@ def study(tmp_path_factory) -> Path:
     for name, more in (("none", []), ("quantized", ["defense=uniform"])):
         runner.start(compose([*SMALL, *more]), out / name, "fedsim a test")
     path = out / "quantized" / "config.json"
-    config = json.loads(path.read_text())
+    config = read_json(path)
     config["choices"]["defense"] = EVIL
-    path.write_text(json.dumps(config))
+    write_json(path, config)
     return out
 
 
