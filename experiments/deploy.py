@@ -168,10 +168,11 @@ class Loopback:
         return home
 
     def environment(self, name: str) -> dict[str, str]:
-        """The environment of a process: offline, with this fedsim to import."""
+        """The environment of a process: offline, with this fedsim to import, and Flower's commands, which start each other, to find."""
+        commands = os.pathsep.join([str(Path(self._commands[COMMANDS[0]]).parent), os.environ.get("PATH", os.defpath)])
         code = str(Path(experiments.__file__).parents[1])
         paths = os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])])
-        ours = {"FLWR_HOME": str(self.home(name)), "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+        ours = {"FLWR_HOME": str(self.home(name)), "PATH": commands, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
         return {**SWITCHES, "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", **os.environ, **ours}
 
     def run(self, run_config: Mapping[str, object]) -> Iterator[str]:
