@@ -168,7 +168,7 @@ class Loopback:
         return home
 
     def environment(self, name: str) -> dict[str, str]:
-        """The environment of a process: offline, with this fedsim to import, and Flower's commands, which start each other, to find."""
+        """The environment of a process: offline, this fedsim to import, and Flower's commands to find, which start each other."""
         commands = os.pathsep.join([str(Path(self._commands[COMMANDS[0]]).parent), os.environ.get("PATH", os.defpath)])
         code = str(Path(experiments.__file__).parents[1])
         paths = os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])])
