@@ -236,8 +236,8 @@ def _problems(seen: Sequence[Observation], known: Knowledge, model: nn.Module, a
     return Problems.of(seen, Plan.of(seen[0], known, attack.imitate), known, model, attack)
 
 
-def adapted(attack: Attack, model: nn.Module, defense: object | None = None) -> Attack | None:
-    """What somebody who means to use `attack`, and comes to know of the clients' defense, does instead; None if nothing else.
+def adapted(attack: Attack, model: nn.Module, defense: object) -> Attack | None:
+    """What somebody who means to use `attack`, and comes to know of the clients' `defense`, does instead; None if nothing else.
 
     Gradient matching is rehearsed with total variation of several weights, and does not stop at a small gap, which a defense may
     leave at other images too. Where the defense hides the length of an update, a gap that ignores it is rehearsed as well, from

@@ -19,6 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedsim.training import out_of_memory
+
 log = logging.getLogger(__name__)
 
 RUNNING, STALLED, DIVERGED = 0, 1, 2  # what a row's search is doing
@@ -500,16 +502,11 @@ class Pieces:
 
 def _halved(error: Exception, size: int, unit: int) -> int:
     """Half of `size` problems at a time, at least `unit`. Raises `error` if it is another one, or there is nothing to halve."""
-    if not _out_of_memory(error) or size <= unit:
+    if not out_of_memory(error) or size <= unit:
         raise error
     half = max(unit, size // 2 // unit * unit)
     log.warning("no memory for %d problems at a time: going on with %d", size, half)
     return half
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an error is a GPU's, Python's, or torch's on a CPU, which raises a RuntimeError like any other."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def minimise(

@@ -78,7 +78,8 @@ class Started:
         """The last line of its log that tells of an error, or else that says anything, without colours and frames."""
         lines = [line.strip("│ ") for line in reversed(plain(self.log.read_text(errors="replace")).splitlines())]
         says = [line for line in lines if re.search(r"\w", line)]
-        return next((line for line in says if re.search(r"\bERROR\b|Error: |Errno", line)), says[0] if says else "it left no log")
+        causes = (line for sign in (r"Errno|Error: ", r"\bERROR\b", "") for line in says if re.search(sign, line))
+        return next(causes, "it left no log")
 
 
 class Loopback:

@@ -29,7 +29,7 @@ from fedsim.data import Corpus, check, image_shape
 from fedsim.engines.deployment import Deployment
 from fedsim.engines.inline import Inline
 from fedsim.federation import Checkpoint, Engine, Round
-from fedsim.observation import Observation
+from fedsim.observation import SUM, Observation
 from fedsim.run import RunError, RunFolder
 from fedsim.secure_rounds import check_averages
 from fedsim.seeding import generator
@@ -134,6 +134,7 @@ def start(config: Config, path: Path, command: str, engine: Engine | None = None
     one_thread()
     engine = engine or _engine(config)
     setup = setup_of(config)
+    show_card(setup, config)  # before there is a folder: a run that cannot be is refused here
     folder = RunFolder.create(path, config, environment(setup, command))
     folder.save_partition(setup.shards)
     _go(setup, folder, None, engine)
@@ -145,6 +146,7 @@ def resume(folder: RunFolder, engine: Engine | None = None) -> RunFolder:
     one_thread()
     engine = engine or _engine(folder.config)
     setup = setup_of(folder.config)
+    show_card(setup, folder.config)
     mended = folder.mend()
     checkpoint = folder.checkpoint()
     folder.rewind(-1 if checkpoint is None else checkpoint.round)
@@ -181,7 +183,8 @@ def _unattacked(folder: RunFolder, attacker: Attacker) -> list[int]:
     leaks = folder.leaks()
     done = set(leaks.loc[leaks["attack"] == attacker.name, "round"]) if len(leaks) else set()
     left = [round for round in folder.observed_rounds() if round not in done]
-    return [round for round in left if _victims(attacker, folder.observations(round))]
+    masked = attacker.adaptive and folder.config["choices"].get("aggregation", "plain") != "plain"
+    return [round for round in left if folder.saw(round, SUM)] if masked else left  # too few may have stayed for a sum
 
 
 def _victims(attacker: Attacker, seen: Sequence[Observation]) -> list[Observation]:
@@ -193,7 +196,6 @@ def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None, engine: 
     config = folder.config
     tap: Tap = build_checked("tap", config["tap"])
     mine = _attackers(setup, config)
-    show_card(setup, config)
     done = 0 if checkpoint is None else checkpoint.round
     with _logged(folder.path / "log.txt"), Progress(config["rounds"], done) as progress:
         for line in mended:

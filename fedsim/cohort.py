@@ -17,7 +17,7 @@ from fedsim.client import draws
 from fedsim.defense import hooks_of
 from fedsim.records import ARRAYS, CONFIG, tensors_of
 from fedsim.setup import Setup, model_of
-from fedsim.training import IGNORED, Batch, Trained, batch_loss, stacked_loss
+from fedsim.training import IGNORED, Batch, Trained, batch_loss, out_of_memory, stacked_loss
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ COPIES = 8  # of its parameters that a client takes: its own, their gradients, t
 
 def obstacle(setup: Setup) -> str | None:
     """Why the clients of a run cannot be trained as one program; None if they can."""
-    model, batch = setup.model(), setup.batch(setup.shards[0][:1])
+    model, batch = model_of(setup), setup.batch(setup.shards[0][:1])
     if model.training and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         return "BatchNorm in training mode writes statistics of each client's own: federation.train_mode=false, or another model"
     if draws(model, batch[0]):
@@ -45,19 +45,19 @@ def cohort_of(setup: Setup, vectorized: bool | str, chunk: int | None = None) ->
     `auto` trains them together on a GPU, and on a CPU where that was measured to be faster (benchmarks/RESULTS.md): many clients of
     a small network, each of which sends the gradient of one image.
     """
+    if not vectorized:
+        return None, "one by one"
     why, clients = obstacle(setup), setup.protocol.per_round
     if vectorized == "auto":
         if setup.device.type == "cpu" and why is None:
             steps = setup.protocol.batches(setup.shards[0], setup.seed, 1, 0)
-            small = sum(p.numel() for p in setup.model().parameters()) <= SMALL
+            small = sum(p.numel() for p in model_of(setup).parameters()) <= SMALL
             if not small or clients < MANY or len(steps) > 1 or len(steps[0]) > 1:
                 why = f"faster on a CPU, but for {MANY} and more clients of a small network that send the gradient of one image"
         elif clients < FEW:
             why = why or f"fewer than {FEW} clients a round"
         if why is not None:
             return None, f"one by one: {why}"
-    if not vectorized:
-        return None, "one by one"
     if why is not None:
         raise ValueError(f"engine.vectorized={vectorized} is not possible: {why}; take engine.vectorized=auto")
     return Cohort(setup, chunk), "as one program"
@@ -81,6 +81,7 @@ class Cohort:
         asked  training messages, with the numbers of the clients that they go to
         run    `map`, or that of a pool, over chunks
         """
+        self._ready.clear()  # of a round before, whose app failed before it took them
         groups: dict[tuple[int, int, float], list[tuple[Message, int]]] = defaultdict(list)
         for message, client in asked:
             order = message.content.config_records[CONFIG]
@@ -113,9 +114,11 @@ class Cohort:
                 proximal,
                 loss_of_batch=stacked_loss,
             )
-        except torch.OutOfMemoryError:
-            if count == 1:
-                raise
+        except Exception as error:
+            if not out_of_memory(error) or count == 1:
+                # One by one, so that a client whose data or defense raises is left out of the round alone.
+                log.exception("round %d: %d clients cannot be trained as one program", round, count)
+                return
             log.warning("round %d: not enough memory to train %d clients at once: %d and fewer", round, count, (count + 1) // 2)
             torch.cuda.empty_cache()
             for half in (clients[: (count + 1) // 2], clients[(count + 1) // 2 :]):

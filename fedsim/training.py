@@ -207,6 +207,11 @@ def _as(mask: Tensor, like: Tensor) -> Tensor:
     return mask.reshape(-1, *[1] * (like.dim() - 1))
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error is a GPU's, Python's, or torch's on a CPU, which raises a RuntimeError like any other."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,

@@ -117,7 +117,7 @@ def test_a_rehearsal_chooses_the_weight_of_the_prior_by_the_noise():
     chosen = {}
     for defense in (UniformQuantization(2**16), GaussianNoise(relative=1.0)):
         model, seen, _, known = victims(defense, 2)
-        made = adapted(attack, model)(seen, replace(known, defense=defense), model, generator(0, "attack"))
+        made = adapted(attack, model, defense)(seen, replace(known, defense=defense), model, generator(0, "attack"))
         assert len({one.attack for one in made}) == 1  # of one round
         chosen[defense] = float(made[0].attack.removeprefix("tv="))
     quiet, loud = chosen.values()
@@ -129,19 +129,19 @@ def test_an_attacker_who_explains_all_that_noise_leaves_to_explain_has_converged
     model, seen, images, known = victims(defense, 4)
     attack = attacks.idlg(evaluations=400)
     naive = attack(seen, known, model, generator(0, "attack"))
-    made = adapted(attack, model)(seen, replace(known, defense=defense), model, generator(0, "attack"))
+    made = adapted(attack, model, defense)(seen, replace(known, defense=defense), model, generator(0, "attack"))
     assert not any(one.converged for one in naive)  # rounding leaves a gap far above the tolerance
     assert all(one.converged for one in made)
     assert bool((decibels(made, images) > 20).all())
     short = replace(attack, optimizer=replace(attack.optimizer, evaluations=3))
-    unfinished = adapted(short, model)(seen, replace(known, defense=defense), model, generator(0, "attack"))
+    unfinished = adapted(short, model, defense)(seen, replace(known, defense=defense), model, generator(0, "attack"))
     assert not any(one.converged for one in unfinished)
 
 
 def test_rehearsals_go_through_defenses_that_act_in_training():
     defense = DPSGD(clip=1.0, noise_multiplier=1e-3)
     model, seen, _, known = victims(NoDefense(), 1)
-    rehearsed = adapted(attacks.idlg(evaluations=5), model)
+    rehearsed = adapted(attacks.idlg(evaluations=5), model, defense)
     assert isinstance(rehearsed, Rehearsed)
     x, y = DATA.test.batch(torch.tensor([3]))
     played = rehearsed._played(seen[0], [(x, y)], replace(known, defense=defense), model, 0, 0)
@@ -239,7 +239,7 @@ def test_a_victim_s_reconstruction_does_not_depend_on_other_rounds():
     defense = StochasticQuantization(16)
     model, seen, _, known = victims(defense, 2)
     seen[1] = replace(seen[1], round=2)
-    attack, known = adapted(attacks.idlg(evaluations=10), model), replace(known, defense=defense)
+    attack, known = adapted(attacks.idlg(evaluations=10), model, defense), replace(known, defense=defense)
     assert attack([], known, model, generator(0, "attack")) == []
     both = attack(seen, known, model, generator(0, "attack"))
     alone = [attack([one], known, model, generator(0, "attack"))[0] for one in seen]
@@ -250,7 +250,7 @@ def test_a_victim_s_reconstruction_does_not_depend_on_other_rounds():
 
 def test_a_rehearsal_says_what_it_lacks():
     model, seen, _, known = victims(NoDefense(), 1)
-    attack = adapted(attacks.idlg(evaluations=5), model)
+    attack = adapted(attacks.idlg(evaluations=5), model, NoDefense())
     with pytest.raises(ValueError, match=r"needs known\.defense"):
         attack(seen, known, model, generator(0, "attack"))
     with pytest.raises(ValueError, match=r"needs known\.public, 1 or more images"):
@@ -264,7 +264,7 @@ def test_a_rehearsal_of_a_client_with_a_memory_has_a_past():
     defense = ErrorFeedback(TopK(0.2))
     model, seen, _, known = victims(defense, 1)
     known = replace(known, defense=defense)
-    rehearsed = adapted(attacks.idlg(evaluations=5), model)
+    rehearsed = adapted(attacks.idlg(evaluations=5), model, defense)
     assert isinstance(rehearsed, Rehearsed)
     batches = [DATA.test.batch(torch.tensor([i])) for i in range(3)]
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from worlds import FEDAVG, FEDSGD, MLP, NORMED, TOPK_EF, config, federate
 
-from fedsim.cohort import cohort_of, obstacle
+from defenses import MixUp
+from fedsim.cohort import Cohort, cohort_of, obstacle
 from fedsim.engines.inline import Inline
 from fedsim.protocols import FedAvg
+from fedsim.seeding import generator
 from fedsim.setup import setup_of
 from fedsim.updates import relative_error
 
@@ -96,6 +98,24 @@ def test_without_enough_memory_fewer_clients_are_trained_at_once(monkeypatch, ca
     close_to(found.weights, alone.weights)
 
 
+def test_a_client_that_fails_is_left_out_of_the_round_alone(monkeypatch, caplog):
+    batch, calls = MixUp.batch, []
+
+    def broken(self, images, labels, classes, rng):
+        calls.append(len(images))
+        if rng.initial_seed() == worst:
+            raise ArithmeticError("out of numbers")
+        return batch(self, images, labels, classes, rng)
+
+    made = config(defense={"_target_": "defenses.MixUp"})
+    worst = generator(0, "defense", 1, federate(made, ALONE, rounds=1).seen[0].client, "batch").initial_seed()
+    monkeypatch.setattr(MixUp, "batch", broken)
+    with caplog.at_level(logging.ERROR):
+        left = federate(made, TOGETHER)
+    assert [(report.clients, report.failures) for report in left.reports[1:]] == [(2, 1), (3, 0)]
+    assert "round 1: 3 clients cannot be trained as one program" in caplog.text
+
+
 def test_chunks_and_threads_change_nothing_but_rounding():
     made = config(federation=LONG, partition=SKEWED)
     alone = federate(made, ALONE)
@@ -111,9 +131,19 @@ def close_to(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 def compare(made, memory=None):
     """Both engines leave the same weights, losses, bytes and messages."""
-    alone, together = (
-        federate(made, engine, memory=None if memory is None else memory / str(i)) for i, engine in enumerate((ALONE, TOGETHER))
-    )
+    taken, take = [], Cohort.take
+
+    def seen(self, round, client):
+        taken.append(take(self, round, client))
+        return taken[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cohort, "take", seen)
+        alone, together = (
+            federate(made, engine, memory=None if memory is None else memory / str(i)) for i, engine in enumerate((ALONE, TOGETHER))
+        )
+    assert len(taken) == 2 * 3  # rounds and clients, and none of them was left to train by itself
+    assert all(one is not None for one in taken)
     close_to(together.weights, alone.weights)
     for mine, theirs in zip(together.reports[1:], alone.reports[1:], strict=True):
         assert mine.train_loss == pytest.approx(theirs.train_loss, rel=1e-4)

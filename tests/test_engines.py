@@ -1,6 +1,7 @@
 """Engines: where the apps run changes no bit of what they compute. Ray takes long to start and is started once."""
 
 import os
+import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from worlds import FEDAVG, FEDSGD, MLP, TOPK_EF, assert_same, config, federate
 
 from fedsim.engines.inline import Inline, InlineGrid
 from fedsim.engines.ray import Ray
+from fedsim.errors import FederationError
 from fedsim.federation import Engine
 
 HERE = Path(__file__).parent
@@ -185,3 +187,13 @@ def test_flower_still_has_the_private_names_that_the_inline_engine_relies_on():
     assert reply.has_error(), release
     assert reply.error.reason == "why", release
     assert Context(7, 1, {}, RecordDict(), {}).run_id == 7, release
+
+
+def test_an_address_at_which_no_cluster_is_is_told_in_one_line():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"  # bound, and nobody listens
+    with pytest.raises(FederationError, match=rf"no Ray cluster at engine\.address={address} .*: start one with `ray start --head"):
+        federate(config(), Ray(address=address))
+    with pytest.raises(ValueError, match=r"engine\.address must be HOST:PORT of a Ray cluster, got 'somewhere'"):
+        Ray(address="somewhere")

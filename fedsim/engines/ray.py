@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedsim.checks import number
+from fedsim.errors import FederationError
 from fedsim.records import RESTARTED
 
 _told = False  # in a worker: whether the server knows that it is not the first of its place
@@ -58,7 +60,16 @@ class Ray:
             raise ValueError(f"engine.address must be HOST:PORT of a Ray cluster, got {self.address!r}")
 
     def run(self, server: ServerApp, client: ClientApp, clients: int, device: str) -> None:
-        """Runs the apps to their end. ConnectionError where no cluster answers at `address`."""
+        """Runs the apps to their end. Raises FederationError where nobody answers at `address`."""
+        if self.address is not None:  # Ray itself would go on trying for minutes
+            host, port = self.address.split(":")
+            try:
+                socket.create_connection((host, int(port)), timeout=5).close()
+            except OSError as error:
+                began = f"ray start --head --port={port}"
+                raise FederationError(
+                    f"no Ray cluster at engine.address={self.address} ({error}): start one with `{began}`"
+                ) from None
         from flwr.simulation import run_simulation
 
         # A worker that is killed is started again, and does again what it was at: Flower would hand work to the dead one on and on.
