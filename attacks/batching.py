@@ -15,8 +15,11 @@ def streams(seen: Sequence[Observation], seed: int, name: str) -> list[torch.Gen
     found = []
     for one in seen:
         who = (one.round, one.client)
-        found.append(generator(seed, name, *who, asked[who]))
-        asked[who] += 1
+        if one.chance is None:
+            found.append(generator(seed, name, *who, asked[who]))
+            asked[who] += 1
+        else:  # once in a run of its own
+            found.append(generator(one.chance, name, *who, 0))
     return found
 
 

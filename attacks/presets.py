@@ -117,15 +117,17 @@ def cosine_adam(
     told: bool = False,
     skip_zero: bool = False,
     record: int = 0,
+    gap: Literal["cosine", "squared"] = "cosine",
 ) -> GradientMatching:
     """Cosine gap by plain Adam from N(0, 1): what the IP Paris study of weight initializations ran, 500 iterations at rate 0.1.
 
     Threat model: as `dlg`; the study tells the attacker the labels (`told`), here they are read off the gradient unless asked.
+    The study also tried squared differences, another `gap`.
     Departure: the study's total variation went into the loss before it was differentiated by the weights, where it has no
     effect; `tv` acts on the images, and is 0.
     """
     return GradientMatching(
-        gap=CosineGap(skip_zero),
+        gap=CosineGap(skip_zero) if one_of("gap", gap, ("cosine", "squared")) == "cosine" else SquaredGap(),
         priors=(TotalVariation(tv),) if tv else (),
         labels="given" if told else "analytic",
         optimizer=Adam(iterations, rate=rate, decay="none"),

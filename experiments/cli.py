@@ -148,7 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("name", nargs="?", metavar="STUDY", help="its name; all of them are listed if not given")
     study.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of all cells, such as data=synthetic seed=0,1")
     study.add_argument("--full", action="store_true", help="the full size, of hours rather than minutes")
-    study.add_argument("--dry-run", action="store_true", help="name the cells and stop")
+    study.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (default: those of the study's size)")
+    study.add_argument("--dry-run", action="store_true", help="name the cells, say about how long they take, and stop")
     study.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time, a process each (default: 1)")
     study.add_argument("--max-cells", type=int, metavar="N", help="run so many cells at most, and stop")
     study.add_argument("--budget", type=_seconds, metavar="TIME", help="begin no cell after this time, such as 90s, 30m or 8h")
@@ -355,19 +356,29 @@ def _study(arguments: argparse.Namespace) -> int:
     if arguments.max_cells is not None:
         whole("--max-cells", arguments.max_cells)
     chosen, size = study.load(arguments.name), "full" if arguments.full else "quick"
-    cells = chosen.cells(size, arguments.overrides)
+    overrides = list(arguments.overrides)
+    if arguments.seeds is not None:
+        whole("--seeds", arguments.seeds)
+        overrides.append("seed=" + ",".join(map(str, range(arguments.seeds))))
+    cells = chosen.cells(size, overrides)
     if arguments.dry_run:
+        from experiments.estimate import seconds
+        from experiments.progress import span
+
         print("\n".join(cells))
-        print(f"{len(cells)} cells")
+        print(f"{len(cells)} cells, about {span(seconds(cells.values()))} on one core")
         return 0
     _quiet()
     from experiments import runner
     from experiments.progress import console
+    from fedsim.files import write_json
     from fedsim.run import RunFolder
 
     for config in cells.values():
         runner.check_config(config)
     base = arguments.out or Path("runs") / f"study-{chosen.name}-{size}"
+    base.mkdir(parents=True, exist_ok=True)
+    write_json(base / study.ABOUT, {"study": chosen.name, "size": size, "overrides": overrides, "command": arguments.command_line})
     console.print(f"{chosen.about}\n{len(cells)} cells in {base}")
     paths, failures = study.run(cells, base, arguments.command_line, arguments.workers, arguments.max_cells, arguments.budget)
     if paths:

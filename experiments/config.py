@@ -8,6 +8,7 @@ import functools
 import inspect
 import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> Config:
     chosen = _check_choices(overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            known = hydra_compose(config_name, [o for o in overrides if _key(o) in GROUPS])
+            known = _choices_alone(config_name, tuple(o for o in overrides if _key(o) in GROUPS))
             for override in overrides:
                 _check_key(override, OmegaConf.to_container(known))
             composed = hydra_compose(config_name, list(overrides), return_hydra_config=True)
@@ -64,6 +65,14 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> Config:
             raise ConfigError(" ".join(str(error).split())) from None
     config["choices"] = {group: named.get(group, chosen.get(group)) for group in GROUPS if group != "model/init"}
     return config
+
+
+@functools.lru_cache(maxsize=64)
+def _choices_alone(config_name: str, chosen: tuple[str, ...]) -> Any:
+    """The configuration of these choices, with all other settings as their files have them; to be read only."""
+    from hydra import compose as hydra_compose
+
+    return hydra_compose(config_name, list(chosen))
 
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
@@ -198,13 +207,23 @@ def conditions(config: Config) -> str:
     return json.dumps(kept | {"model": model}, sort_keys=True)
 
 
-def cell_names(configs: Sequence[Config]) -> list[str]:
-    """What the runs of a grid are called, and their folders: each otherwise, by its place where its settings do not tell."""
+def cell_names(configs: Sequence[Config], overrides: Sequence[Sequence[str]] = ()) -> list[str]:
+    """What the runs of a grid are called, and their folders: by defense, attack and seed, and where these do not tell by what else
+    differs in the overrides they were composed of; last by their places."""
     names = []
     for config in configs:
         attack = config["choices"]["attack"] + "_adaptive" * (config["attacker"] == "adaptive")
         names.append(f"{contender(config)}_{attack}_seed={config['seed']}".replace(" ", "_").replace("/", "-"))
-    return [name if names.count(name) == 1 else f"{i:03d}_{name}" for i, name in enumerate(names)]
+    told = [{_key(one): one.split("=", 1)[1] for one in cell} for cell in overrides] or [{}] * len(configs)
+    varied = [key for key in dict.fromkeys(itertools.chain(*told)) if len({one.get(key) for one in told}) > 1]
+    spoken = [key for key in varied if key not in ("seed", "attack", "attacker") and key.split(".")[0] != "defense"]
+    count = Counter(names)
+    for i, (name, one) in enumerate(zip(names, told, strict=True)):
+        if count[name] > 1:
+            more = [f"{key.split('.')[-1].split('/')[-1]}={one[key]}" for key in spoken if key in one]
+            names[i] = "_".join([name, *more]).translate({ord(c): "-" for c in " /"} | {ord(c): None for c in "[]\"'"})
+    count = Counter(names)
+    return [name if count[name] == 1 else f"{i:03d}_{name}" for i, name in enumerate(names)]
 
 
 @functools.lru_cache

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from attacks import GradientMatching, Rehearsed, adapted
+from attacks import Escalation, GradientMatching, Rehearsed, adapted
 from attacks.hidden_noise import hidden_noises
 from attacks.metrics import WINDOW
 from experiments import scoring
@@ -29,7 +29,7 @@ from fedsim.data import Corpus, check, image_shape
 from fedsim.engines.deployment import Deployment
 from fedsim.engines.inline import Inline
 from fedsim.federation import Checkpoint, Engine, Round
-from fedsim.observation import SUM, Observation
+from fedsim.observation import SUM, Observation, Reconstruction
 from fedsim.run import RunError, RunFolder
 from fedsim.secure_rounds import check_averages
 from fedsim.seeding import generator
@@ -129,20 +129,33 @@ def _attackers(setup: Setup, config: Config) -> list[Attacker]:
     return [] if attack is None else attackers(setup, attack, config["choices"]["attack"], config.get("attacker", "naive"))
 
 
-def start(config: Config, path: Path, command: str, engine: Engine | None = None) -> RunFolder:
-    """Runs `config` in a new folder at `path`, on its own engine unless one is given that runs already."""
+def start(config: Config, path: Path, command: str, engine: Engine | None = None, *, attack: bool = True) -> RunFolder:
+    """Runs `config` in a new folder at `path`, on its own engine unless one is given that runs already.
+
+    attack  whether its attacks are made as well; `resume` and `attack_together` make up for them
+    """
     one_thread()
     engine = engine or _engine(config)
     setup = setup_of(config)
     show_card(setup, config)  # before there is a folder: a run that cannot be is refused here
     folder = RunFolder.create(path, config, environment(setup, command))
     folder.save_partition(setup.shards)
-    _go(setup, folder, None, engine)
+    _go(setup, folder, None, engine, attack=attack)
     return folder
 
 
-def resume(folder: RunFolder, engine: Engine | None = None) -> RunFolder:
-    """Goes on with an interrupted run from its last finished round; does nothing to one that is finished."""
+def branch(source: RunFolder, config: Config, path: Path, command: str) -> RunFolder:
+    """A new folder for `config`, which differs from a trained run's in its attack alone, with what that run learned and saw.
+
+    The card is shown as for a run of its own, and its attacks are still to be made.
+    """
+    setup = setup_of(config)
+    show_card(setup, config)
+    return RunFolder.branch(source, path, config, environment(setup, command))
+
+
+def resume(folder: RunFolder, engine: Engine | None = None, *, attack: bool = True) -> RunFolder:
+    """Goes on with an interrupted run from its last finished round; does nothing to one that is finished. `attack` as of `start`."""
     one_thread()
     engine = engine or _engine(folder.config)
     setup = setup_of(folder.config)
@@ -152,7 +165,7 @@ def resume(folder: RunFolder, engine: Engine | None = None) -> RunFolder:
     folder.rewind(-1 if checkpoint is None else checkpoint.round)
     if not (folder.path / "partition.safetensors").exists():
         folder.save_partition(setup.shards)  # it may have been stopped before it had one
-    _go(setup, folder, checkpoint, engine, mended)
+    _go(setup, folder, checkpoint, engine, mended, attack=attack)
     return folder
 
 
@@ -192,10 +205,18 @@ def _victims(attacker: Attacker, seen: Sequence[Observation]) -> list[Observatio
     return [one for one in seen if not (attacker.adaptive and one.masked)]
 
 
-def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None, engine: Engine, mended: Sequence[str] = ()) -> None:
+def _go(
+    setup: Setup,
+    folder: RunFolder,
+    checkpoint: Checkpoint | None,
+    engine: Engine,
+    mended: Sequence[str] = (),
+    *,
+    attack: bool = True,
+) -> None:
     config = folder.config
     tap: Tap = build_checked("tap", config["tap"])
-    mine = _attackers(setup, config)
+    mine = _attackers(setup, config) if attack else []
     done = 0 if checkpoint is None else checkpoint.round
     with _logged(folder.path / "log.txt"), Progress(config["rounds"], done) as progress:
         for line in mended:
@@ -230,7 +251,39 @@ def _go(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None, engine: 
             for rounds in ([round] for round in left) if tap.when == "live" else [left] if left else []:
                 seen = [one for round in rounds for one in folder.observations(round)]
                 progress.leaks(_attack(setup, folder, attacker, seen, progress))
-    console.print(f"  {progress.leak()}; {folder.path}")
+    console.print(f"  {progress.leak()}; {folder.path}" if attack else f"  trained, not attacked yet; {folder.path}")
+
+
+def attack_together(folders: Sequence[RunFolder]) -> None:
+    """Makes the attacks that are left of trained runs which differ in seed, defense or first weights alone.
+
+    What an attacker does who does not know the defense is one program for all of them. It draws for each run what it would have
+    drawn for it alone. One who knows it does something else behind each defense.
+    """
+    one_thread()
+    setups = [setup_of(folder.config) for folder in folders]
+    naive: list[tuple[Setup, RunFolder, Attacker, list[Observation]]] = []
+    with contextlib.ExitStack() as stack, Progress(1) as progress:
+        for setup, folder in zip(setups, folders, strict=True):
+            for attacker in _attackers(setup, folder.config):
+                seen = [one for round in _unattacked(folder, attacker) for one in folder.observations(round)]
+                if attacker.adaptive or isinstance(attacker.attack, Escalation):  # whose members draw from streams of their own
+                    with _logged(folder.path / "log.txt"):
+                        progress.leaks(_attack(setup, folder, attacker, seen, progress) if seen else [])
+                elif seen:
+                    naive.append((setup, folder, attacker, seen))
+        if naive:
+            stack.enter_context(_logged(naive[0][1].path / "log.txt"))
+            began = time.perf_counter()
+            found = scoring.attacked_together(
+                [(setup, seen) for setup, _, _, seen in naive], naive[0][2].attack, progress.attacking
+            )
+            for (setup, folder, attacker, seen), made in zip(naive, found, strict=True):
+                progress.leaks(_keep(setup, folder, attacker, seen, made))
+            victims = sum(len(seen) for *_, seen in naive)
+            told = "%s on %d victims of %d runs: %.1f s"
+            logging.getLogger("fedsim").info(told, naive[0][2].name, victims, len(naive), time.perf_counter() - began)
+    console.print(f"  {progress.leak()}; {len(folders)} runs")
 
 
 def attack_again(folder: RunFolder, attack: Any, name: str, who: str = "naive") -> None:
@@ -255,12 +308,20 @@ def _attack(setup: Setup, folder: RunFolder, attacker: Attacker, seen: Sequence[
         seen = with_history(setup, folder, seen)
     chance = generator(setup.seed, "attack")
     found = scoring.attacked(setup, attacker.attack, seen, chance, progress.attacking, adaptive=attacker.adaptive)
-    rows = scoring.leaks(setup, name, seen, found, adaptive=attacker.adaptive)
+    verdicts = _keep(setup, folder, attacker, seen, found)
+    logging.getLogger("fedsim").info("%s on %d victims: %.1f s", name, len(seen), time.perf_counter() - began)
+    return verdicts
+
+
+def _keep(
+    setup: Setup, folder: RunFolder, attacker: Attacker, seen: Sequence[Observation], found: Sequence[Reconstruction]
+) -> list[str]:
+    """Writes down what an attacker made of what was seen, and says how much of it was stolen."""
+    rows = scoring.leaks(setup, attacker.name, seen, found, adaptive=attacker.adaptive)
     for round in sorted({one.round for one in seen}):
         pairs = [(one, made) for one, made in zip(seen, found, strict=True) if one.round == round]
-        folder.save_reconstructions(name, [one for one, _ in pairs], [made for _, made in pairs])
+        folder.save_reconstructions(attacker.name, [one for one, _ in pairs], [made for _, made in pairs])
     folder.add("leaks", rows)
-    logging.getLogger("fedsim").info("%s on %d victims: %.1f s", name, len(seen), time.perf_counter() - began)
     return [row["verdict"] for row in rows]
 
 

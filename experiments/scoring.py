@@ -16,7 +16,7 @@ from fedsim.data.text import filled, is_word
 from fedsim.observation import Knowledge, Observation, Reconstruction
 from fedsim.protocols import FedAvg
 from fedsim.run import on_device
-from fedsim.seeding import seed_of
+from fedsim.seeding import generator, seed_of
 from fedsim.setup import Setup, model_of
 from fedsim.updates import Update, relative_error
 
@@ -264,13 +264,47 @@ def attacked(
     found: dict[int, Reconstruction] = {}
     for known, members in told.items():
         before = len(found)
-        victims = [on_device(seen[i], setup.device) for i in members]
         made = attack(
-            victims,
-            known,
+            [on_device(seen[i], setup.device) for i in members],
+            _with_labels(known, attack, [(setup, seen[i]) for i in members]),
             model,
             rng.set_state(state),  # a victim's chance does not depend on who else is attacked
             report=lambda done, _, before=before: report(before + done, len(seen)),
         )
         found |= zip(members, made, strict=True)
     return [found[i] for i in range(len(seen))]
+
+
+def attacked_together(
+    runs: Sequence[tuple[Setup, Sequence[Observation]]], attack: Any, report: Callable[[int, int], None]
+) -> list[list[Reconstruction]]:
+    """What `attack`, which knows no defense, makes of what was seen in several runs, of equal knowledge as one program.
+
+    The runs share the structure of their model, their data and their protocol. Each victim's chance is that of its run alone.
+    """
+    victims = [(setup, one) for setup, seen in runs for one in seen]
+    told: dict[tuple[Knowledge, int], list[int]] = defaultdict(list)
+    for i, (setup, one) in enumerate(victims):
+        # Other data, or another part of it, is normalised otherwise.
+        told[knowledge(setup, one.num_examples, len(one.clients)), id(setup.dataset)].append(i)
+    found: dict[int, Reconstruction] = {}
+    for (known, _), members in told.items():
+        before, those = len(found), [victims[i] for i in members]
+        chances = [int(torch.randint(2**62, (), generator=generator(setup.seed, "attack"))) for setup, _ in those]
+        made = attack(
+            [replace(on_device(one, setup.device), chance=chance) for (setup, one), chance in zip(those, chances, strict=True)],
+            _with_labels(known, attack, those),
+            those[0][0].model(),
+            generator(those[0][0].seed, "attack"),
+            report=lambda done, _, before=before: report(before + done, len(victims)),
+        )
+        found |= zip(members, made, strict=True)
+    made_of = iter(found[i] for i in range(len(victims)))
+    return [[next(made_of) for _ in seen] for _, seen in runs]
+
+
+def _with_labels(known: Knowledge, attack: Any, victims: Sequence[tuple[Setup, Observation]]) -> Knowledge:
+    """What is known, with the true labels if the attack is one that is told them."""
+    if getattr(attack, "labels", None) != "given":
+        return known
+    return replace(known, labels=[setup.truth(one.round, *one.clients)[1] for setup, one in victims])

@@ -1,15 +1,21 @@
 """Studies: grids of runs that answer a published question, one YAML file each in `experiments/conf/study`.
 
 A study's folder holds one run's folder for each cell. Started again, it goes on where it stopped: finished cells are kept,
-unfinished ones resumed, and cells that were added are run. A cell that fails is named in the end, and does not stop the others.
+unfinished ones resumed, and cells that were added are run; one that a study beside this one has is taken over. Cells that differ in
+their attack alone are trained once, and attacks that know no defense are one program for all cells of equal shape. A cell that
+fails does not stop the others: `cells.parquet` has a row for each that was run, with what went wrong.
 """
 
 import contextlib
+import hashlib
 import itertools
+import json
+import math
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -21,6 +27,11 @@ from experiments.config import CONF, Config, cell_names, compose, sweep
 from fedsim.checks import one_of
 
 SIZES = ("quick", "full")
+CELLS = "cells.parquet"  # in a study's folder: a row for each cell that was run
+ABOUT = "study.json"  # which study it is
+VICTIMS = {"cpu": 16, "cuda": 1024}  # attacked as one program; lost at most when a study is killed
+
+Outcome = dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -29,8 +40,8 @@ class Study:
 
     about   what it asks, in a line
     common  settings of every cell
-    sizes   further settings of a `quick` and of a `full` study
     sweeps  lists of settings, in which KEY=A,B stands for each value; every combination is a cell
+    sizes   settings of a `quick` and of a `full` study, in the place of those above that have the same key
     """
 
     name: str
@@ -41,9 +52,14 @@ class Study:
 
     def cells(self, size: str, overrides: Sequence[str] = ()) -> dict[str, Config]:
         """The configuration of every cell, by a name that no other has."""
-        settings = self.common + self.sizes[one_of("size", size, SIZES)]
-        configs = [compose(cell) for one in self.sweeps for cell in sweep([*settings, *one, *overrides])]
-        return dict(zip(cell_names(configs), configs, strict=True))
+        last = [*self.sizes[one_of("size", size, SIZES)], *overrides]
+        # The last word on a setting is kept, in the place of the first.
+        settings = [
+            list({one.split("=", 1)[0]: one for one in [*self.common, *sweeping, *last]}.values()) for sweeping in self.sweeps
+        ]
+        cells = list({json.dumps(cell): cell for one in settings for cell in sweep(one)}.values())
+        configs = [compose(cell) for cell in cells]
+        return dict(zip(cell_names(configs, cells), configs, strict=True))
 
 
 def names() -> list[str]:
@@ -64,57 +80,154 @@ def load(name: str) -> Study:
 def run(
     cells: dict[str, Config], base: Path, command: str, workers: int, most: int | None = None, seconds: float | None = None
 ) -> tuple[list[Path], dict[str, str]]:
-    """Runs what is not finished of the cells, `workers` at a time: folders of those that are now, and why others failed.
+    """Runs what is not finished of the cells, `workers` lots at a time: folders of those that are now, and why others failed.
 
     most     cells to run this time, at most
-    seconds  after which no further cell is begun
+    seconds  after which no further lot of cells is begun
     """
     from experiments.progress import console
 
     began = time.monotonic()
+    shared = _shared(cells, base)
     todo = [name for name, config in cells.items() if not _finished(config, base / name)]
     kept, todo = [name for name in cells if name not in todo], todo[:most]
     if kept:
-        console.print(f"  {len(kept)} of them finished already")
+        console.print(
+            f"  {len(kept)} of them finished already" + (f", {shared} in other studies beside this one" if shared else "")
+        )
     failures: dict[str, str] = {}
     done: list[str] = []
 
-    def tell(name: str, error: str | None) -> None:
-        done.append(name)
-        if error is not None:
-            failures[name] = error
-        left = timedelta(seconds=round((time.monotonic() - began) / len(done) * (len(todo) - len(done))))
-        console.print(f"  {len(done)}/{len(todo)}  {name}" + (f": failed: {error}" if error else "") + f"  left {left}")
+    def tell(outcome: Outcome, took: float) -> None:
+        for name, error in outcome.items():
+            done.append(name)
+            if error is not None:
+                failures[name] = error
+            left = timedelta(seconds=round((time.monotonic() - began) / len(done) * (len(todo) - len(done))))
+            console.print(f"  {len(done)}/{len(todo)}  {name}" + (f": failed: {error}" if error else "") + f"  left {left}")
+        _note(base, {name: cells[name] for name in outcome}, outcome, took / len(outcome))
 
     def late() -> bool:
         return seconds is not None and time.monotonic() - began >= seconds
 
-    waiting = iter(todo)
+    waiting = iter(lots({name: cells[name] for name in todo}))
     if workers == 1:
-        for name in waiting:
+        for lot in waiting:
             if late():
                 break
-            tell(name, _cell(cells[name], base / name, command, quiet=False))
+            tell(*_lot(lot, base, command, quiet=False))
     else:
         # A fork would inherit torch's threads in an unknown state.
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
 
-            def begin(count: int) -> dict[Future[str | None], str]:
-                names = [] if late() else itertools.islice(waiting, count)
-                return {pool.submit(_cell, cells[name], base / name, command, quiet=True): name for name in names}
+            def begin(count: int) -> dict[Future[tuple[Outcome, float]], list[str]]:
+                some = [] if late() else itertools.islice(waiting, count)
+                return {pool.submit(_lot, lot, base, command, quiet=True): list(lot) for lot in some}
 
             running = begin(workers)
             while running:
                 ended, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in ended:
-                    name = running.pop(future)
+                    members = running.pop(future)
                     try:
-                        tell(name, future.result())
+                        tell(*future.result())
                     except BrokenProcessPool:
-                        tell(name, "a process was killed, perhaps for memory: start again, with fewer --workers")
+                        killed = "a process was killed, perhaps for memory: start again, with fewer --workers"
+                        tell(dict.fromkeys(members, killed), math.nan)
                         waiting = iter(())  # there is nobody left to run others
                 running |= begin(len(ended))
     return [base / name for name in cells if name in {*kept, *done} - failures.keys()], failures
+
+
+def _shared(cells: dict[str, Config], base: Path) -> int:
+    """Takes over what studies in folders beside this one have finished with the very same configuration; how many cells."""
+    from fedsim.files import read_table
+    from fedsim.run import copied
+
+    wanted = {digest(config): name for name, config in cells.items() if not (base / name).exists()}
+    found = 0
+    for path in sorted(base.parent.glob(f"*/{CELLS}")) if wanted else ():
+        rows = read_table(path)
+        for cell, hashed in rows.loc[rows["failed"].isna(), ["cell", "hash"]].itertuples(index=False):
+            there = path.parent / cell
+            if hashed in wanted and path.parent != base and (there / "config.json").is_file():
+                copied(there, base / wanted.pop(hashed))
+                found += 1
+    return found
+
+
+def lots(cells: dict[str, Config]) -> list[dict[str, Config]]:
+    """The cells in lots that are run by one process, each in the order of the grid.
+
+    In a lot are those that learn the same, and with them as many of the same shape as make a program of a good size.
+    """
+    from fedsim.setup import device_of
+
+    families: dict[str, list[str]] = defaultdict(list)
+    for name, config in cells.items():
+        families[training(config)].append(name)
+    made: list[dict[str, Config]] = []
+    filled: dict[str, tuple[int, dict[str, Config]]] = {}  # by shape: victims, and the lot they are in
+    for members in families.values():
+        of = {name: cells[name] for name in members}
+        for shape, count in ((_shape(config), victims_of(config)) for config in of.values()):
+            if shape in filled and filled[shape][0] + count <= VICTIMS[device_of(cells[members[0]]["device"]).type]:
+                lot = filled[shape][1]
+                break
+        else:
+            lot = {}
+            made.append(lot)
+        lot |= of
+        for config in of.values():
+            there = filled.get(_shape(config))
+            filled[_shape(config)] = (victims_of(config) + (there[0] if there and there[1] is lot else 0), lot)
+    return made
+
+
+def training(config: Config) -> str:
+    """What a run learns and shows depends on: its configuration without the attack, and without its name."""
+    choices = {key: value for key, value in config["choices"].items() if key not in ("attack", "setting")}
+    left_out = ("attack", "attacker", "name", "out", "choices")
+    return json.dumps({key: value for key, value in config.items() if key not in left_out} | {"choices": choices}, sort_keys=True)
+
+
+def _shape(config: Config) -> str:
+    """What runs have in common whose victims can be one program: all but seed, defense, first weights and length."""
+    kept = ("data", "federation", "strategy", "server", "aggregation", "attack", "attacker", "device")
+    model = {key: value for key, value in config["model"].items() if key != "init"}
+    return json.dumps({key: config[key] for key in kept} | {"model": model}, sort_keys=True)
+
+
+def victims_of(config: Config) -> int:
+    """How many observations the attacks of a run are given."""
+    from experiments.config import build_checked
+
+    tap, clients = build_checked("tap", config["tap"]), range(config["federation"]["per_round"])
+    return sum(len(tap.choose(0, round, clients)) for round in range(1, config["rounds"] + 1))
+
+
+def _note(base: Path, cells: dict[str, Config], outcome: Outcome, seconds: float) -> None:
+    """Adds a row for each cell to the study's table, in the place of what was said of it before."""
+    import pandas as pd
+
+    from fedsim.files import read_table, write_table
+
+    rows = pd.DataFrame(
+        [
+            {"cell": name, "hash": digest(config), "failed": outcome[name], "seconds": seconds, "ended": time.strftime("%FT%T%z")}
+            for name, config in cells.items()
+        ]
+    ).astype({"failed": object})
+    path = base / CELLS
+    if path.exists():
+        old = read_table(path)
+        rows = pd.concat([old[~old["cell"].isin(rows["cell"])], rows], ignore_index=True)
+    write_table(path, rows)
+
+
+def digest(config: Config) -> str:
+    """A hash of a whole configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _finished(config: Config, path: Path) -> bool:
@@ -130,24 +243,56 @@ def _finished(config: Config, path: Path) -> bool:
         return False
 
 
-def _cell(config: Config, path: Path, command: str, *, quiet: bool) -> str | None:
-    """Runs, resumes or keeps one cell; what went wrong, or None."""
+def _lot(cells: dict[str, Config], base: Path, command: str, *, quiet: bool) -> tuple[Outcome, float]:
+    """Trains what is not trained of some cells and attacks them together: what went wrong of each, or None; and the seconds."""
     from experiments import runner
     from fedsim.quiet import quiet as hush
     from fedsim.run import RunFolder
 
     hush()
+    began = time.monotonic()
+    outcome: Outcome = dict.fromkeys(cells)
     with contextlib.ExitStack() as stack:
         if quiet:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        try:
-            if not (path / "config.json").exists():
-                runner.start(config, path, command)
-                return None
-            folder = RunFolder.open(path)
-            if folder.config != config:
-                return f"{path} was made with other settings: take another -o FOLDER, or remove it"
-            runner.resume(folder)
-        except Exception as error:  # whatever it is, it is this cell's; its traceback is in the cell's log
-            return f"{type(error).__name__}: {' '.join(str(error).split())}; see {path / 'log.txt'}"
-    return None
+        alone = len(cells) == 1
+        trained: dict[str, RunFolder] = {}
+        ready: dict[str, RunFolder] = {}
+        for name, config in cells.items():
+            with _failing(outcome, name, base):
+                ready[name] = _trained(config, base / name, command, trained.get(training(config)), attack=alone)
+                trained.setdefault(training(config), ready[name])
+        by_shape: dict[str, list[str]] = defaultdict(list)
+        for name in () if alone else ready:
+            by_shape[_shape(cells[name])].append(name)
+        for members in by_shape.values():
+            try:
+                runner.attack_together([ready[name] for name in members])
+            except Exception as error:  # of one of them, or for want of memory: each by itself, the others are not held up
+                print(f"  attacked one by one: {type(error).__name__}: {' '.join(str(error).split())}")
+                for name in members:
+                    with _failing(outcome, name, base):
+                        runner.resume(ready[name])
+    return outcome, time.monotonic() - began
+
+
+def _trained(config: Config, path: Path, command: str, twin: Any, *, attack: bool) -> Any:
+    """The folder of a cell whose rounds are done, perhaps by its `twin`; and its attacks, if asked for."""
+    from experiments import runner
+    from fedsim.run import RunError, RunFolder
+
+    if not (path / "config.json").exists():
+        return runner.branch(twin, config, path, command) if twin else runner.start(config, path, command, attack=attack)
+    folder = RunFolder.open(path)
+    if folder.config != config:
+        raise RunError(f"{path} was made with other settings: take another -o FOLDER, or remove it")
+    return runner.resume(folder, attack=attack)
+
+
+@contextlib.contextmanager
+def _failing(outcome: Outcome, name: str, base: Path) -> Iterator[None]:
+    """Whatever goes wrong inside is this cell's; its traceback is in the cell's log."""
+    try:
+        yield
+    except Exception as error:
+        outcome[name] = f"{type(error).__name__}: {' '.join(str(error).split())}; see {base / name / 'log.txt'}"

@@ -47,13 +47,17 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The global model's accuracy on the test set every `every`-th round and after the last; `clients` adds each client's own."""
+    """The global model's accuracy on the test set every `every`-th round and after the last; `clients` adds each client's own.
 
-    every: int = 1
+    None is for runs whose accuracy nobody asks for: the test set is left alone.
+    """
+
+    every: int | None = 1
     clients: bool = False
 
     def __post_init__(self) -> None:
-        whole("evaluate.every", self.every)
+        if self.every is not None:
+            whole("evaluate.every", self.every)
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ def server_app(
                 return None  # that round was finished before the run was interrupted
             accuracy = loss = None
             tensors = tensors_of(arrays)
-            if number % evaluation.every == 0 or number == rounds:
+            if evaluation.every is not None and (number % evaluation.every == 0 or number == rounds):
                 accuracy, loss = _evaluate(setup, {name: t.to(setup.device) for name, t in tensors.items()}, pool)
             left_out = set(metered.left_out)
             report = Round(

@@ -31,6 +31,7 @@ class Observation:
     masked        whether what was sent is masked; packets then hold it as one reads it, to the precision of float32
     previous      what the same client sent in an earlier round, itself with what came before
     followed      whether the client is known to have sent nothing since `previous`, or, where that is None, never before
+    chance        seed of what an attacker draws for this observation, where those of several runs are attacked together
     """
 
     params: dict[str, Tensor]
@@ -44,6 +45,7 @@ class Observation:
     masked: bool = False
     previous: "Observation | None" = None
     followed: bool = False
+    chance: int | None = None
 
     @property
     def before(self) -> Packets | None:

@@ -36,6 +36,7 @@ from fedsim.setup import check_targets
 from fedsim.wire import from_bytes, to_bytes
 
 CHECKPOINT, ROUNDS, LEAKS, BEFORE = "checkpoint.safetensors", "rounds.parquet", "leaks.parquet", "before"
+FOLDERS, FILES = ("observations", "clients"), ("partition.safetensors", ROUNDS, CHECKPOINT)  # what does not depend on an attack
 
 
 class RunError(ValueError):
@@ -60,6 +61,14 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"cannot write to {path}: {error.strerror}; choose another folder with out=") from None
         return cls(path)
+
+    @classmethod
+    def branch(cls, source: "RunFolder", path: Path, config: Mapping[str, Any], environment: Mapping[str, Any]) -> "RunFolder":
+        """A new folder with what another run learned and saw, and nothing of its attacks. Raises RunError as `create`."""
+        for name in (*FOLDERS, *FILES):
+            if (source.path / name).exists():
+                copied(source.path / name, path / name)
+        return cls.create(path, config, environment)
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -386,6 +395,19 @@ def _checkpoint_in(path: Path) -> Checkpoint:
         return Checkpoint(int(about["round"]), _group(tensors, "model"), arrays, json.loads(about["numbers"]))
     except (KeyError, ValueError) as error:
         raise RunError(f"{path} is damaged (it is no checkpoint: {type(error).__name__} {error})") from None
+
+
+def copied(source: Path, target: Path) -> None:
+    """Makes `target` what `source` is, a file or a folder. Files are shared where the file system can: none is ever written into,
+    only replaced."""
+    for file in [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file()):
+        made = target / file.relative_to(source) if source.is_dir() else target
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.unlink(missing_ok=True)  # of a copy that was killed
+        try:
+            os.link(file, made)
+        except OSError:
+            shutil.copyfile(file, made)
 
 
 def is_name(text: str) -> bool:

@@ -156,11 +156,16 @@ def setup_of(config: Config) -> Setup:
     return _setup_of(json.dumps(config, sort_keys=True))
 
 
+DRAWN = ("synthetic", "text")  # data that are another for another seed
+
+
 # A worker serves one run after the other; two, so that a comparison of runs does not load its data again each time.
 @functools.lru_cache(maxsize=2)
 def _setup_of(text: str) -> Setup:
     config = json.loads(text)
-    dataset = _dataset_of(json.dumps(config["data"], sort_keys=True), config["seed"])
+    data = config["data"]
+    drawn = data["name"] in DRAWN or data.get("train_size") is not None or data.get("test_size") is not None
+    dataset = _dataset_of(json.dumps(data, sort_keys=True), config["seed"] if drawn else 0)
     protocol = build(config["federation"])
     shards = build(config["partition"])(dataset.train.labels, protocol.clients, config["seed"])
     defense = build(config["defense"])

@@ -1,12 +1,15 @@
 """Studies: their files are right, and a study goes on where it stopped."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from experiments import runner, study
 from experiments.cli import main
+from experiments.config import sweep
 from experiments.runner import check_config
+from fedsim.files import read_json, read_table
 from fedsim.run import RunFolder
 
 TINY = """# Two defenses.
@@ -30,10 +33,13 @@ def tiny(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", study.SIZES)
 @pytest.mark.parametrize("name", study.names())
-def test_every_study_there_is_can_be_run(name, size):
+def test_every_study_there_is_can_be_run(name, size, monkeypatch):
     chosen = study.load(name)
     assert chosen.about
-    cells = chosen.cells(size, ["data=synthetic"])
+    # Of a large grid some cells: what is wrong with one setting is wrong with all cells that have it.
+    some = lambda lists: lists[:: max(1, len(lists) // 12)]  # noqa: E731
+    monkeypatch.setattr(study, "sweep", lambda settings: some(sweep(settings)))
+    cells = chosen.cells(size, [] if any("text" in one for one in chosen.common) else ["data=synthetic"])
     for config in cells.values():
         check_config(config)
     assert len({repr(config) for config in cells.values()}) == len(cells)
@@ -65,24 +71,29 @@ def test_cells_in_processes_of_their_own_give_the_same(tiny):
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_run(tiny, capsys, monkeypatch):
-    cell = study._cell
+    begin = study._trained
 
     def unlucky(config, path, *rest, **more):
-        return "no luck" if "levels=4" in path.name else cell(config, path, *rest, **more)
+        if "levels=4" in path.name:
+            raise ValueError("no luck")
+        return begin(config, path, *rest, **more)
 
-    monkeypatch.setattr(study, "_cell", unlucky)
+    monkeypatch.setattr(study, "_trained", unlucky)
     assert main(["study", "tiny", "-o", str(tiny / "out")]) == 1
-    assert "failed: uniform_levels=4_cosine_lbfgs_seed=0: no luck" in capsys.readouterr().err
+    assert "failed: uniform_levels=4_cosine_lbfgs_seed=0: ValueError: no luck" in capsys.readouterr().err
     assert len(list((tiny / "out").glob("*/leaks.parquet"))) == 2
+    rows = read_table(tiny / "out" / study.CELLS).set_index("cell")["failed"]
+    assert "no luck" in rows["uniform_levels=4_cosine_lbfgs_seed=0"]
+    assert rows.isna().sum() == 2
 
 
 def test_a_defect_in_one_cell_is_that_cell_s(tiny, capsys, monkeypatch):
     begin = runner.start
 
-    def broken(config, path, command):
+    def broken(config, path, command, **more):
         if "levels=16" in path.name:
             raise RuntimeError("out of memory")
-        return begin(config, path, command)
+        return begin(config, path, command, **more)
 
     monkeypatch.setattr(runner, "start", broken)
     assert main(["study", "tiny", "-o", str(tiny / "out")]) == 1
@@ -133,7 +144,7 @@ def test_a_budget_that_is_no_time_is_told(budget, tiny, capsys):
 def test_a_dry_run_names_the_cells_and_does_nothing(tiny, capsys):
     assert main(["study", "tiny", "--dry-run", "--full", "seed=0,1", "-o", str(tiny / "out")]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-1] == "6 cells"
+    assert re.fullmatch(r"6 cells, about [0-9:]+ on one core", said[-1])
     assert said[0] == "none_idlg_seed=0"
     assert not (tiny / "out").exists()
 
@@ -143,3 +154,60 @@ def test_an_unknown_study_is_named_with_those_there_are(tiny, capsys):
     assert "tiny" in capsys.readouterr().err
     assert main(["study"]) == 0
     assert "Two defenses" in capsys.readouterr().out
+
+
+def test_cells_that_differ_in_their_attack_are_trained_once_and_attacked_as_if_alone(tiny, monkeypatch):
+    chosen = study.load("tiny")
+    sweeps = [["defense=none,topk", "seed=0,1", "attack=cosine_lbfgs,idlg", "attack.evaluations=8"]]
+    cells = replace(chosen, sweeps=sweeps, sizes={"quick": ["attacker=naive", "model=lenet_silu"]}).cells("quick")
+    trained = []
+    begin = runner.start
+
+    def counted(config, path, *rest, **more):
+        trained.append(path.name)
+        return begin(config, path, *rest, **more)
+
+    monkeypatch.setattr(runner, "start", counted)
+    paths, failures = study.run(cells, tiny / "out", "a test", 1)
+    assert not failures
+    assert len(paths) == 8
+    assert len(trained) == 4
+    monkeypatch.undo()
+    for name, config in cells.items():
+        alone = runner.start(config, tiny / "alone" / name, "a test")
+        one, other = (folder.leaks() for folder in (alone, RunFolder.open(tiny / "out" / name)))
+        keys = ["attack", "round", "client", "image"]
+        one, other = (table.sort_values(keys).reset_index(drop=True) for table in (one, other))
+        assert one[[*keys, "label_found"]].equals(other[[*keys, "label_found"]])
+        assert (
+            one["psnr_db"] - other["psnr_db"]
+        ).abs().max() < 0.5  # what eight evaluations make of sums that are rounded otherwise
+        assert alone.rounds()["accuracy"].equals(RunFolder.open(tiny / "out" / name).rounds()["accuracy"])
+
+
+def test_lots_hold_cells_of_one_shape_and_keep_trainings_together(tiny):
+    chosen = study.load("tiny")
+    more = ["tap.clients=all", "federation.clients=5", "federation.per_round=5", "defense=none,uniform,topk,fp16,clip"]
+    cells = replace(chosen, sweeps=[[*more, "attack=cosine_lbfgs,idlg"]], sizes={"quick": []}).cells("quick")
+    lots = study.lots(cells)
+    assert [name for lot in lots for name in lot] != []
+    assert sorted(name for lot in lots for name in lot) == sorted(cells)
+    assert [len(lot) for lot in lots] == [6, 4]  # three defenses of five victims are fifteen, four would be too many
+    for lot in lots:
+        assert {config["choices"]["attack"] for config in lot.values()} == {"cosine_lbfgs", "idlg"}
+
+
+def test_a_study_s_folder_says_which_it_is(tiny):
+    assert main(["study", "tiny", "--seeds", "2", "--max-cells", "1", "-o", str(tiny / "out")]) == 0
+    about = read_json(tiny / "out" / study.ABOUT)
+    assert (about["study"], about["size"], about["overrides"]) == ("tiny", "quick", ["seed=0,1"])
+
+
+def test_an_attack_that_fails_together_is_made_one_by_one(tiny, capsys, monkeypatch):
+    def broken(folders):
+        raise MemoryError
+
+    monkeypatch.setattr(runner, "attack_together", broken)
+    assert main(["study", "tiny", "-o", str(tiny / "out")]) == 0
+    assert "attacked one by one: MemoryError" in capsys.readouterr().out
+    assert len(list((tiny / "out").glob("*/leaks.parquet"))) == 3

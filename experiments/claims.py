@@ -1,0 +1,446 @@
+"""What was published, held against what studies measured: `claims.yaml` says each claim as a test, and the verdict is computed.
+
+A claim is checked by one of these, on victims or runs that `where` selects by their configuration or by columns of their tables:
+
+    rate         share of victims that pass a bar, or of which a column is true                  expect: ">= 0.5" or "<= 0.5"
+    mean         mean of a column over victims, or of `accuracy` over runs                      expect: ">= 20"
+    difference   mean of a column where `of` minus where `than`, paired where both have a victim expect: ">= 4"
+    equivalent   the same difference is within +-`margin` (TOST)
+    trend        a column rises or falls along a setting, or along a list of selections (Kendall) expect: rises or falls
+    correlation  Spearman's between two columns, over the medians of cells (Fisher's z)          expect: ">= 0.7"
+    cells        how many cells the full study has                                              expect: 960
+    test         a test of this project shows it                                                tests/test_file.py::test_name
+
+Each gives two one-sided p-values: that the claim is not true, and that it is. Within a study they are adjusted (Holm 1979).
+"""
+
+import fnmatch
+import importlib.util
+import math
+import operator
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from attacks.metrics import BARS, wilson
+from experiments.config import Config
+from experiments.plots import LAST, PERFECT
+from experiments.statistics import LEVEL, holm
+from fedsim.checks import one_of
+from fedsim.run import RunFolder
+
+FILE = Path(__file__).with_name("claims.yaml")
+UNIT = "tests"  # claims that no study but a test answers
+HOLDS, NAIVE, OPEN, REFUTED, MISSING = (
+    *("holds", "holds only against a naive attacker", "not reproduced", "refuted", "not measured"),
+)
+
+Where = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One published claim.
+
+    row        where it stands in the list of sources' claims
+    study      whose cells answer it
+    claim      what is said, in words
+    source     by whom
+    published  the number or words there; None where it could not be read again
+    check      one of the checks above, by name, with its settings
+    attacker   naive or adaptive; of a claim that something protects, both
+    """
+
+    row: str
+    study: str
+    claim: str
+    source: str
+    check: str
+    settings: dict[str, Any]
+    published: str | None = None
+    attacker: str = "naive"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was measured: in words, with how many, and how surely the claim is true and false."""
+
+    ours: str
+    n: int
+    holds: float
+    fails: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim, the answer for each attacker it is asked of, and what follows from both; `p` are adjusted."""
+
+    claim: Claim
+    verdict: str
+    ours: str
+    n: int
+    p: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def load(path: Path = FILE) -> list[Claim]:
+    """All claims. Raises ValueError for one that no check can answer."""
+    from omegaconf import OmegaConf
+
+    from experiments import study
+
+    told: Any = OmegaConf.to_container(OmegaConf.load(path))
+    found = []
+    for name, claims in told.items():
+        if name != UNIT:
+            one_of("study", name, study.names())
+        for one in claims:
+            (check,) = one.keys() & CHECKS.keys() or [None]
+            if check is None:
+                raise ValueError(f"{path.name}: claim {one.get('row')} of {name} has none of the checks {', '.join(CHECKS)}")
+            rest = {key: value for key, value in one.items() if key != check}
+            settings = one[check] if isinstance(one[check], dict) else {"expect": one[check]}
+            found.append(Claim(study=name, check=check, settings=settings, **rest))
+    return found
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the cells of a study say: their configurations, one flat mapping each, their rounds and their leaks."""
+
+    folders: list[RunFolder]
+    settings: list[dict[str, Any]]
+    leaks: list[pd.DataFrame]
+    rounds: list[pd.DataFrame]
+
+    @classmethod
+    def of(cls, folders: Sequence[RunFolder]) -> "Results":
+        """The results of finished cells."""
+        return cls(list(folders), [flat(f.config) for f in folders], [f.leaks() for f in folders], [f.rounds() for f in folders])
+
+    def victims(self, where: Where, column: str, attacker: str | None) -> pd.Series:
+        """A column of the leaks of what is selected; the index tells victims apart, seeds and rounds too, but not cells."""
+        found = []
+        for settings, leaks in zip(self.settings, self.leaks, strict=True):
+            if not len(leaks):
+                continue
+            inside = {key: value for key, value in where.items() if key in leaks}
+            if not matches(settings, {key: value for key, value in where.items() if key not in inside}):
+                continue
+            for key, asked in inside.items():
+                leaks = leaks[[matches({key: value}, {key: asked}) for value in leaks[key]]]
+            rows = leaks
+            rows = rows if attacker is None or "attacker" not in rows else rows[rows["attacker"] == attacker]
+            keys = [rows[key] for key in ("round", "client", "image")]
+            values = _values(rows, column)
+            values.index = pd.MultiIndex.from_arrays([[settings["seed"]] * len(rows), *keys], names=["seed", *_KEYS])
+            found.append(values)
+        return pd.concat(found) if found else pd.Series(dtype=float)
+
+    def runs(self, where: Where, column: str) -> pd.Series:
+        """The mean of the last evaluations of a column of the rounds, of each selected run; by seed."""
+        found = {}
+        for settings, rounds in zip(self.settings, self.rounds, strict=True):
+            if matches(settings, where) and column in rounds and len(of := rounds[rounds["round"] > 0].dropna(subset=column)):
+                found[settings["seed"], settings["choices.attack"]] = float(of.sort_values("round")[column].tail(LAST).mean())
+        values = pd.Series(found, dtype=float)
+        # Runs that differ in their attack have learned the same.
+        return values.groupby(level=0).first() if len(values) else values
+
+    def values(self, where: Where, column: str, attacker: str | None) -> pd.Series:
+        """Of victims or of runs, by what the column is one of."""
+        return self.runs(where, column) if column == "accuracy" else self.victims(where, column, attacker)
+
+
+_KEYS = ("round", "client", "image")
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """A configuration's settings by their dotted names, and the choices by those of their groups."""
+    found: dict[str, Any] = {}
+
+    def walk(node: Any, name: str) -> None:
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            inner = f"{name}.{key}" if name else str(key)
+            if isinstance(value, dict | list):
+                walk(value, inner)
+            else:
+                found[inner] = value
+
+    walk(config, "")
+    return found | dict(config["choices"])
+
+
+def matches(settings: Mapping[str, Any], where: Where) -> bool:
+    """Whether each setting is the value asked for, or one of a list; names may have * in them."""
+
+    def same(value: Any, asked: Any) -> bool:
+        if isinstance(asked, list):
+            return any(same(value, one) for one in asked)
+        if isinstance(asked, str) and isinstance(value, str):
+            return fnmatch.fnmatchcase(value, asked)
+        if isinstance(asked, int | float) and isinstance(value, int | float):
+            return math.isclose(value, asked, rel_tol=1e-9)
+        return bool(value == asked)
+
+    return all(same(settings.get(key), asked) for key, asked in where.items())
+
+
+def _values(rows: pd.DataFrame, column: str) -> pd.Series:
+    if column in BARS:
+        bar = BARS[column]
+        return pd.Series(bar.passes(rows[bar.score].to_numpy(float)).numpy().astype(float), rows.index)
+    if column == "exact" and "mse" in rows:
+        return (rows["mse"] < EXACT).astype(float)
+    if column not in rows:
+        raise ValueError(f"{column!r} is no column of what leaked: take one of {', '.join((*rows.columns, *BARS, 'exact'))}")
+    values = rows[column].astype(float)
+    return values.clip(upper=PERFECT).fillna(0.0) if column == "psnr_db" else values
+
+
+EXACT = 1e-8  # mean squared error of what counts as the very image
+
+# The checks. Each raises LookupError where nothing was measured.
+
+
+def rate(found: Results, attacker: str | None, *, of: str, expect: str, where: Where | None = None) -> Answer:
+    """A binomial test of the share that passes."""
+    values = _some(found.victims(where or {}, of, attacker))
+    bound, above = _bound(expect)
+    k, n = int(values.sum()), len(values)
+    low, high = wilson(k, n)
+    p = {way: float(stats.binomtest(k, n, bound, alternative=way).pvalue) for way in ("greater", "less")}
+    return Answer(f"{k}/{n} = {k / n:.0%} [{low:.0%}, {high:.0%}]", n, *_sided(p, above))
+
+
+def mean(found: Results, attacker: str | None, *, of: str, expect: str, where: Where | None = None) -> Answer:
+    """A t-test of the mean."""
+    values = _some(found.values(where or {}, of, attacker)).to_numpy()
+    bound, above = _bound(expect)
+    return Answer(f"{_told(of, values)}", len(values), *_sided(_t(values - bound), above))
+
+
+def difference(
+    found: Results, attacker: str | None, *, column: str, of: Where, than: Where, expect: str, where: Where | None = None
+) -> Answer:
+    """A paired t-test where victims are the same, Welch's where they are not."""
+    bound, above = _bound(expect)
+    text, values, n = _compared(found, attacker, column, of, than, where)
+    p = _t(values[0] - bound) if len(values) == 1 else _welch(values[0] - bound, values[1])
+    return Answer(text, n, *_sided(p, above))
+
+
+def equivalent(
+    found: Results, attacker: str | None, *, column: str, of: Where, than: Where, margin: float, where: Where | None = None
+) -> Answer:
+    """Two one-sided t-tests (TOST); it fails where the difference is beyond the margin on one side."""
+    text, values, n = _compared(found, attacker, column, of, than, where)
+
+    def shifted(by: float) -> dict[str, float]:
+        return _t(values[0] + by) if len(values) == 1 else _welch(values[0] + by, values[1])
+
+    low, high = shifted(margin), shifted(-margin)
+    return Answer(text, n, max(low["greater"], high["less"]), min(1.0, 2 * min(low["less"], high["greater"])))
+
+
+def trend(
+    found: Results,
+    attacker: str | None,
+    *,
+    column: str,
+    expect: str,
+    along: str | None = None,
+    levels: Sequence[Any] = (),
+    cells: Sequence[Where] = (),
+    where: Where | None = None,
+) -> Answer:
+    """Kendall's rank correlation of the column with the place in the list, over victims."""
+    one_of("expect", expect, ("rises", "falls"))
+    selected = [{along: level} for level in levels] if along else list(cells)
+    groups = [_some(found.values({**(where or {}), **one}, column, attacker)).to_numpy() for one in selected]
+    places = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    values = np.concatenate(groups)
+    p = {way: float(stats.kendalltau(places, values, alternative=way).pvalue) for way in ("greater", "less")}
+    p = {way: 1.0 if math.isnan(one) else one for way, one in p.items()}  # all values are the same
+    text = " -> ".join(_number(column, group.mean()) for group in groups)
+    return Answer(f"{text}, n={len(values)}", len(values), *_sided(p, expect == "rises"))
+
+
+def correlation(found: Results, attacker: str | None, *, columns: Sequence[str], expect: str, where: Where | None = None) -> Answer:
+    """Over cells, of the medians of two columns; Fisher's z with the variance that Bonett and Wright (2000) give Spearman's."""
+    bound, above = _bound(expect)
+    pairs: list[tuple[float, float]] = []
+    for folder in found.folders:
+        of = Results.of([folder])
+        one, other = (of.victims(where or {}, column, attacker) for column in columns)
+        if len(one):
+            pairs.append((float(one.median()), float(other.median())))
+    if len(pairs) < 5:
+        raise LookupError
+    rho = float(stats.spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic)
+    spread = math.sqrt((1 + rho**2 / 2) / (len(pairs) - 3))
+    z = (math.atanh(np.clip(rho, -0.999999, 0.999999)) - math.atanh(bound)) / spread
+    p = {"greater": float(stats.norm.sf(z)), "less": float(stats.norm.cdf(z))}
+    return Answer(f"rho = {rho:.2f} over {len(pairs)} cells", len(pairs), *_sided(p, above))
+
+
+CHECKS: dict[str, Any] = {
+    "rate": rate,
+    "mean": mean,
+    "difference": difference,
+    "equivalent": equivalent,
+    "trend": trend,
+    "correlation": correlation,
+    "cells": None,
+    "test": None,
+}
+
+
+def _some(values: pd.Series) -> pd.Series:
+    if not len(values):
+        raise LookupError
+    return values
+
+
+def _bound(expect: str) -> tuple[float, bool]:
+    """The number of ">= 0.5", and whether more is expected."""
+    sign, _, number = expect.partition(" ")
+    return float(number), {">=": operator.ge, "<=": operator.le}[sign] is operator.ge
+
+
+def _sided(p: Mapping[str, float], above: bool) -> tuple[float, float]:
+    return (p["greater"], p["less"]) if above else (p["less"], p["greater"])
+
+
+def _t(values: np.ndarray) -> dict[str, float]:
+    """One-sided p-values that the mean is above and below 0; values that are all the same are taken for certain."""
+    if len(values) < 2:
+        return {"greater": 1.0, "less": 1.0}
+    if np.ptp(values) < 1e-12:
+        return {"greater": float(values[0] < 0), "less": float(values[0] > 0)}
+    return {way: float(stats.ttest_1samp(values, 0.0, alternative=way).pvalue) for way in ("greater", "less")}
+
+
+def _welch(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    if min(len(one), len(other)) < 2 or np.ptp(one) + np.ptp(other) < 1e-12:
+        return {"greater": 1.0, "less": 1.0}
+    return {way: float(stats.ttest_ind(one, other, equal_var=False, alternative=way).pvalue) for way in ("greater", "less")}
+
+
+def _compared(
+    found: Results, attacker: str | None, column: str, of: Where, than: Where, where: Where | None
+) -> tuple[str, list[np.ndarray], int]:
+    """In words, and the differences of pairs if all of both are in one, else the values of both."""
+    one, other = (_some(found.values({**(where or {}), **side}, column, attacker)) for side in (of, than))
+    means = f"{_number(column, float(one.mean()))} against {_number(column, float(other.mean()))}"
+    if one.index.is_unique and other.index.is_unique and set(one.index) == set(other.index):
+        pairs = (one - other.reindex(one.index)).to_numpy()
+        return f"{means}, {len(pairs)} pairs", [pairs], len(pairs)
+    return f"{means}, n={len(one)}, {len(other)}", [one.to_numpy(), other.to_numpy()], len(one) + len(other)
+
+
+def _number(column: str, value: float) -> str:
+    if column == "psnr_db":
+        return f"{value:.1f} dB"
+    if column in ("accuracy", "label_right", "exact", *BARS):
+        return f"{value:.1%}"
+    return f"{value:.3g}"
+
+
+def _told(column: str, values: np.ndarray) -> str:
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return f"{_number(column, float(values.mean()))} (se {_number(column, error)}), n={len(values)}"
+
+
+def verify(claims: Sequence[Claim], folders: Mapping[str, Sequence[RunFolder]]) -> list[Verdict]:
+    """The verdict on each claim, by the cells of its study; `folders` are those there are, by study."""
+    found = {name: Results.of(of) for name, of in folders.items()}
+    passed = _tests([one.settings["expect"] for one in claims if one.check == "test"])
+    answers = [_answers(claim, found.get(claim.study), passed) for claim in claims]
+    adjusted: list[dict[str, tuple[float, float]]] = [{} for _ in claims]
+    for study in dict.fromkeys(claim.study for claim in claims):
+        asked = [(i, who) for i, claim in enumerate(claims) if claim.study == study for who in answers[i]]
+        if not asked:
+            continue
+        holds = holm([answers[i][who].holds for i, who in asked])
+        fails = holm([answers[i][who].fails for i, who in asked])
+        for (i, who), a, b in zip(asked, holds, fails, strict=True):
+            adjusted[i][who] = (a, b)
+    return [_verdict(claim, answers[i], adjusted[i]) for i, claim in enumerate(claims)]
+
+
+def _answers(claim: Claim, found: Results | None, passed: Mapping[str, bool]) -> dict[str, Answer]:
+    """By attacker; empty where an answer is missing."""
+    if claim.check == "test":
+        node = claim.settings["expect"]
+        return {"": _certain(f"{node} {'passed' if passed[node] else 'failed'}", passed[node])} if node in passed else {}
+    if claim.check == "cells":
+        from experiments import study
+
+        count = len(study.load(claim.study).cells("full"))
+        return {"": _certain(f"{count} cells", count == claim.settings["expect"])}
+    if found is None:
+        return {}
+    try:
+        who = ["naive", "adaptive"] if claim.attacker == "both" else [claim.attacker]
+        return {one: CHECKS[claim.check](found, None if one == "any" else one, **claim.settings) for one in who}
+    except LookupError:
+        return {}
+
+
+def _certain(text: str, true: bool) -> Answer:
+    return Answer(text, 1, float(not true), float(true))
+
+
+def _verdict(claim: Claim, answers: Mapping[str, Answer], p: dict[str, tuple[float, float]]) -> Verdict:
+    if not answers:
+        return Verdict(claim, MISSING, "", 0)
+    said = {who: HOLDS if holds < LEVEL else REFUTED if fails < LEVEL else OPEN for who, (holds, fails) in p.items()}
+    both = list(said.values())
+    if len(both) == 1 or both[0] == both[1]:
+        verdict = both[0]
+    elif said["naive"] == HOLDS and said["adaptive"] == REFUTED:
+        verdict = NAIVE
+    else:
+        verdict = OPEN if REFUTED not in both else REFUTED
+    ours = "; ".join((f"{who}: " if len(answers) > 1 else "") + one.ours for who, one in answers.items())
+    return Verdict(claim, verdict, ours, max(one.n for one in answers.values()), p)
+
+
+def _tests(nodes: Sequence[str]) -> dict[str, bool]:
+    """Which of these tests pass; empty where the tests are not there, as in an installed package."""
+    root = Path(__file__).parent.parent
+    if not nodes or not (root / "tests").is_dir() or importlib.util.find_spec("pytest") is None:
+        return {}
+    files = sorted({node.split("::")[0] for node in nodes})
+    if missing := [file for file in files if not (root / file).is_file()]:
+        raise ValueError(f"{FILE.name} names {missing[0]}, which is not there")
+    with TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        told = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *dict.fromkeys(nodes)]
+        ended = subprocess.run(told, cwd=root, capture_output=True, text=True, check=False)
+        if not report.exists():
+            raise ValueError(f"pytest could not run the tests that claims name: {ended.stdout.strip().splitlines()[-1:]}")
+        outcome: dict[str, bool] = {}
+        for case in ElementTree.parse(report).iter("testcase"):
+            node = f"{case.get('classname', '').replace('.', '/')}.py::{(case.get('name') or '').partition('[')[0]}"
+            good = all(case.find(tag) is None for tag in ("failure", "error", "skipped"))
+            outcome[node] = outcome.get(node, True) and good
+    return {node: outcome[node] for node in nodes if node in outcome}
+
+
+def table(verdicts: Sequence[Verdict]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of all verdicts."""
+    head = ["row", "claim", "source", "published", "ours", "verdict"]
+    return head, [
+        [v.claim.row, v.claim.claim, v.claim.source, v.claim.published or "", v.ours or f"fedsim study {v.claim.study}", v.verdict]
+        for v in verdicts
+    ]

@@ -1,0 +1,82 @@
+"""About how long runs take, from the time of a few gradients: what a study's dry run says."""
+
+import functools
+import json
+import math
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from experiments.config import Config, build_checked
+from experiments.study import training, victims_of
+from fedsim.data import image_shape
+from fedsim.data.text import LENGTH, VOCABULARY
+from fedsim.training import IGNORED, local_update, split
+
+TWICE = 2.5  # differentiating a gradient once more, in gradients
+FORWARD = 0.3  # a test image, in gradients
+REHEARSED = 8 * 3  # public victims times variants of an attacker who knows the defense
+TEST, SHARD = 10_000, 50_000  # images of CIFAR-10
+
+
+def seconds(configs: Iterable[Config]) -> float:
+    """Of all these runs, one after the other on one core; trainings that they share count once. Loading data is left out."""
+    total, trained = 0.0, set[str]()
+    for config in configs:
+        federation, data = config["federation"], config["data"]
+        clients, batch = federation["per_round"], federation["batch_size"]
+        shard = (data.get("train_size") or SHARD) / federation["clients"]
+        steps = federation.get("steps") or federation.get("epochs", 0) * math.ceil(shard / batch) or 1
+        gradient = _gradient(_key(config), min(batch, math.ceil(shard)))
+        if (key := training(config)) not in trained:
+            trained.add(key)
+            every = build_checked("evaluate", config["evaluate"]).every
+            tested = (config["rounds"] // every + 1) * (data.get("test_size") or TEST) if every else 0
+            one = _gradient(_key(config), 32) / 32
+            total += config["rounds"] * clients * steps * gradient + tested * FORWARD * one
+        total += victims_of(config) * _evaluations(config) * TWICE * gradient * steps
+    return total
+
+
+def _evaluations(config: Config) -> float:
+    """Of one victim's search, by all attackers of the run; 0 for attacks that compute rather than search."""
+    attack: Any = build_checked("attack", config["attack"]) if config["attack"] else None
+    search = getattr(getattr(attack, "optimizer", None), "evaluations", 0)
+    restarts = getattr(attack, "restarts", 1)
+    knowing = search * restarts + REHEARSED * min(500, search) / max(1, victims_of(config))
+    none = config["choices"]["defense"] == "none"
+    naive = 0 if config["attacker"] == "adaptive" else search * restarts
+    return naive + (0 if config["attacker"] == "naive" or (config["attacker"] == "both" and none) else knowing)
+
+
+def _key(config: Config) -> str:
+    return json.dumps({"model": config["model"], "data": config["data"]}, sort_keys=True)
+
+
+@functools.cache
+def _gradient(text: str, batch: int) -> float:
+    """Seconds of one gradient of a batch, the fastest of three."""
+    config = json.loads(text)
+    if config["data"]["name"] == "text":
+        shape: tuple[int, ...] = (LENGTH,)
+        classes, images = VOCABULARY, torch.randint(VOCABULARY, (batch, LENGTH))
+        labels = torch.full((batch, LENGTH), IGNORED)
+        labels[:, 0] = 0
+    else:
+        shape, classes = image_shape(config["data"]["name"], config["data"].get("side")), 10
+        images, labels = torch.rand(batch, *shape), torch.zeros(batch, dtype=torch.int64)
+    model = build_checked("model", config["model"], image_shape=shape, num_classes=classes)
+    model.train()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            local_update(model, *split(model), [(images, labels)], lr=1.0)
+            times.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return min(times)
