@@ -29,11 +29,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from rich import box
+from rich.table import Table
 from scipy import stats
 
 from attacks.metrics import BARS, wilson
 from experiments.config import Config
-from experiments.plots import LAST, PERFECT
+from experiments.plots import LAST, PERFECT, Summary
 from experiments.statistics import LEVEL, holm
 from fedsim.checks import one_of
 from fedsim.run import RunFolder
@@ -132,7 +134,7 @@ class Results:
         for settings, leaks in zip(self.settings, self.leaks, strict=True):
             if not len(leaks):
                 continue
-            inside = {key: value for key, value in where.items() if key in leaks}
+            inside = {key: value for key, value in where.items() if key in ROWS}
             if not matches(settings, {key: value for key, value in where.items() if key not in inside}):
                 continue
             for key, asked in inside.items():
@@ -161,6 +163,7 @@ class Results:
 
 
 _KEYS = ("round", "client", "image")
+ROWS = (*_KEYS, "attacker")  # what `where` asks of the rows of a cell rather than of its configuration
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -197,7 +200,7 @@ def matches(settings: Mapping[str, Any], where: Where) -> bool:
 def _values(rows: pd.DataFrame, column: str) -> pd.Series:
     if column in BARS:
         bar = BARS[column]
-        return pd.Series(bar.passes(rows[bar.score].to_numpy(float)).numpy().astype(float), rows.index)
+        return pd.Series(bar.passes(rows[bar.score].to_numpy(float, copy=True)).numpy().astype(float), rows.index)
     if column == "exact" and "mse" in rows:
         return (rows["mse"] < EXACT).astype(float)
     if column not in rows:
@@ -437,10 +440,31 @@ def _tests(nodes: Sequence[str]) -> dict[str, bool]:
     return {node: outcome[node] for node in nodes if node in outcome}
 
 
-def table(verdicts: Sequence[Verdict]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of all verdicts."""
-    head = ["row", "claim", "source", "published", "ours", "verdict"]
-    return head, [
-        [v.claim.row, v.claim.claim, v.claim.source, v.claim.published or "", v.ours or f"fedsim study {v.claim.study}", v.verdict]
-        for v in verdicts
+def summary(verdicts: Sequence[Verdict]) -> Summary:
+    """All verdicts as a table; of a claim that was not measured, the command that does it."""
+    counts = {name: sum(one.verdict == name for one in verdicts) for name in (HOLDS, NAIVE, OPEN, REFUTED, MISSING)}
+    rows = [
+        [one.claim.row, one.claim.claim, one.claim.source, one.claim.published or "", one.ours or _command(one.claim), one.verdict]
+        for one in verdicts
     ]
+    notes = [
+        f"{len(verdicts)} claims: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count),
+        f"by one-sided tests at {LEVEL:.0%}, adjusted within each study (Holm); not reproduced: neither shown nor refuted",
+    ]
+    columns = ["row", "claim", "source", "published", "ours", "verdict"]
+    return Summary("what was published, and what was measured", columns, rows, [], notes)
+
+
+def _command(claim: Claim) -> str:
+    return "needs a checkout with tests/ and pytest" if claim.study == UNIT else f"fedsim study {claim.study}"
+
+
+def drawn(told: Summary) -> Table:
+    """The table for a terminal."""
+    table = Table(title=told.title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in told.columns:
+        table.add_column(column)
+    for row in told.rows:
+        table.add_row(*row)
+    table.caption, table.caption_justify = "\n".join(told.notes), "left"
+    return table

@@ -27,6 +27,7 @@ examples:
   fedsim report runs/NAME -o report.html                          one page with everything there is to see
   fedsim invert --image me.jpg attack=dlg                         your own picture, taken back from its gradient
   fedsim study defenses-vs-dlg --workers 2                        a published question, as a grid of runs
+  fedsim verify dlg-noise                                         what was published of it, and what that study measured
   fedsim list defenses
 """
 
@@ -60,10 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and (any(word.startswith("-") for word in rest) or not hasattr(arguments, "overrides")):
+    many = next((name for name in ("overrides", "studies") if hasattr(arguments, name)), None)
+    if rest and (many is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # argparse stops at an option; settings may stand on both sides of it
-        arguments.overrides = [*arguments.overrides, *rest]
+    if rest and many:  # argparse stops at an option; settings may stand on both sides of it
+        setattr(arguments, many, [*getattr(arguments, many), *rest])
     arguments.command_line = shlex.join(["fedsim", *argv])
     try:
         return arguments.do(arguments)
@@ -154,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--max-cells", type=int, metavar="N", help="run so many cells at most, and stop")
     study.add_argument("--budget", type=_seconds, metavar="TIME", help="begin no cell after this time, such as 90s, 30m or 8h")
     study.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="where its runs go (default: runs/study-NAME-SIZE)")
+
+    verify = _command(commands, "verify", _verify, "hold what studies measured against what was published")
+    verify.add_argument("studies", nargs="*", metavar="STUDY[=FOLDER]", help="all of them, and what tests answer, if not given")
+    verify.add_argument("--full", action="store_true", help="of studies of the full size")
+    verify.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where the studies are (default: runs)")
+    verify.add_argument("--format", default="text", metavar="FORMAT", help="text, markdown, latex or csv (default: text)")
 
     listing = _command(commands, "list", _list, "explain the choices of a kind")
     listing.add_argument("kind", nargs="?", help="defenses, attacks, models, datasets, … ; all of them if not given")
@@ -388,6 +396,34 @@ def _study(arguments: argparse.Namespace) -> int:
     if left := len(cells) - len(paths) - len(failures):
         console.print(f"{left} cells are left: the same command goes on")
     return 1 if failures else 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from experiments import claims
+    from experiments.progress import console
+    from experiments.table import FORMATS, written
+    from fedsim.checks import one_of
+    from fedsim.run import iterate
+
+    one_of("--format", arguments.format, ("text", *FORMATS))
+    said = claims.load()
+    answered = list(dict.fromkeys(claim.study for claim in said))
+    asked = dict(one.partition("=")[::2] for one in arguments.studies) or dict.fromkeys(answered, "")
+    for name in asked:
+        one_of("study", name, answered)
+    _quiet()
+    folders = {}
+    for name, where in asked.items():
+        base = Path(where) if where else arguments.runs / f"study-{name}-{'full' if arguments.full else 'quick'}"
+        if where or (name != claims.UNIT and next(base.glob("*/config.json"), None)):
+            folders[name] = iterate([base])
+    verdicts = claims.verify([claim for claim in said if claim.study in asked], folders)
+    table = claims.summary(verdicts)
+    if arguments.format == "text":
+        console.print(claims.drawn(table))
+    else:
+        print(written(table, arguments.format), end="")
+    return 0
 
 
 def _invert(arguments: argparse.Namespace) -> int:

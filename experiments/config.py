@@ -128,7 +128,7 @@ def _check_key(override: str, config: Any) -> None:
 
 
 # Flower's strategies and the models take what they are given; the other groups' classes check their settings themselves.
-_UNCHECKED = ("data", "partition", "model", "federation", "strategy", "attack", "evaluate", "server", "inspect", "aggregation")
+_UNCHECKED = ("data", "partition", "model", "federation", "strategy", "attack", "server", "inspect", "aggregation")
 
 
 def _check_kind(key: str, known: Any, composed: Any) -> None:

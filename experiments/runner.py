@@ -155,7 +155,7 @@ def branch(source: RunFolder, config: Config, path: Path, command: str) -> RunFo
 
 
 def resume(folder: RunFolder, engine: Engine | None = None, *, attack: bool = True) -> RunFolder:
-    """Goes on with an interrupted run from its last finished round; does nothing to one that is finished. `attack` as of `start`."""
+    """Goes on with an interrupted run from its last finished round, if it is not finished. `attack` as of `start`."""
     one_thread()
     engine = engine or _engine(folder.config)
     setup = setup_of(folder.config)

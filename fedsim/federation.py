@@ -58,6 +58,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.every is not None:
             whole("evaluate.every", self.every)
+        if not isinstance(self.clients, bool):
+            raise ValueError(f"evaluate.clients must be true or false, got {self.clients!r}")
 
 
 @dataclass(frozen=True)

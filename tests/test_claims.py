@@ -1,0 +1,174 @@
+"""Verdicts follow from what was measured, and from nothing else."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import claims, study
+from experiments.claims import HOLDS, MISSING, NAIVE, OPEN, REFUTED, Claim, matches, verify
+from experiments.cli import main
+from experiments.config import compose
+
+
+class Cell:
+    """A finished run's folder, as far as claims read it: its configuration, its rounds and its leaks."""
+
+    def __init__(self, overrides, victims, accuracy=0.5):
+        self.config = compose(overrides)
+        rows = [
+            {
+                "attack": who,
+                "attacker": who,
+                "round": 1,
+                "client": i,
+                "image": 0,
+                "mse": 10 ** (-db / 10),
+                "psnr_db": db,
+                "ssim": 0.5,
+            }
+            | {"label_right": True, "first_layer_error": 0.1}
+            for who, decibels in victims.items()
+            for i, db in enumerate(decibels)
+        ]
+        self._leaks = pd.DataFrame(rows)
+        self._rounds = pd.DataFrame({"round": [0, 1, 2], "accuracy": [0.1, None, accuracy]})
+
+    def leaks(self):
+        return self._leaks
+
+    def rounds(self):
+        return self._rounds
+
+
+def claim(check, attacker="naive", **settings):
+    return Claim("X1", "dlg-noise", "words", "somebody", check, settings, attacker=attacker)
+
+
+def verdict(one, *cells):
+    (said,) = verify([one], {"dlg-noise": cells})
+    return said.verdict
+
+
+GOOD, BAD, MIXED = [30.0 + i for i in range(8)], [8.0 + i / 10 for i in range(8)], [30.0] * 4 + [8.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("naive", "adaptive", "expected"),
+    [
+        (BAD, BAD, HOLDS),
+        (BAD, GOOD, NAIVE),
+        (GOOD, GOOD, REFUTED),
+        (BAD, MIXED, OPEN),
+        (MIXED, MIXED, OPEN),
+        (MIXED, GOOD, REFUTED),
+    ],
+)
+def test_protection_is_held_against_both_attackers(naive, adaptive, expected):
+    one = claim("rate", "both", of="MSE < 0.03", where={"defense": "fp16"}, expect="<= 0.5")
+    assert verdict(one, Cell(["defense=fp16"], {"naive": naive, "adaptive": adaptive})) == expected
+
+
+def test_a_claim_that_nothing_was_measured_of_says_so():
+    one = claim("rate", of="MSE < 0.03", where={"defense": "topk"}, expect=">= 0.5")
+    assert verdict(one, Cell(["defense=fp16"], {"naive": GOOD})) == MISSING
+    (said,) = verify([one], {})
+    assert said.verdict == MISSING
+    assert claims.summary([said]).rows[0][4] == "fedsim study dlg-noise"
+
+
+@pytest.mark.parametrize(("bound", "expected"), [(">= 20", HOLDS), (">= 60", REFUTED), (">= 33.4", OPEN)])
+def test_a_mean_is_held_against_a_bound(bound, expected):
+    assert verdict(claim("mean", of="psnr_db", expect=bound), Cell([], {"naive": GOOD})) == expected
+
+
+def test_differences_are_paired_where_victims_are_the_same():
+    noisy = np.linspace(5, 50, 8)
+    cells = Cell(["defense=fp16"], {"naive": noisy + 1 + 0.1 * np.cos(range(8))}), Cell([], {"naive": noisy})
+    one = claim("difference", column="psnr_db", of={"defense": "fp16"}, than={"defense": "none"}, expect=">= 0.5")
+    assert verdict(one, *cells) == HOLDS
+    fewer = Cell([], {"naive": noisy[:7]})  # another seven: Welch's test sees nothing in so much spread
+    assert verdict(one, cells[0], fewer) == OPEN
+
+
+def test_accuracy_is_that_of_runs_and_equivalence_is_shown_by_two_tests():
+    cells = [Cell([f"defense={d}", f"seed={s}"], {"naive": GOOD}, 0.5 + s / 10 + e) for s in range(3) for d, e in NEAR.items()]
+    near = claim("equivalent", column="accuracy", of={"defense": "fp16"}, than={"defense": "none"}, margin=0.02)
+    far = claim("equivalent", column="accuracy", of={"defense": "int8"}, than={"defense": "none"}, margin=0.02)
+    assert [one.verdict for one in verify([near, far], {"dlg-noise": cells})] == [HOLDS, REFUTED]
+
+
+NEAR = {"none": 0.0, "fp16": 0.001, "int8": -0.1}
+
+
+def test_a_trend_goes_along_a_setting_and_the_numbers_are_shown():
+    cells = [Cell([f"federation.batch_size={b}"], {"naive": np.array(GOOD) - 5 * b}) for b in (1, 2, 4)]
+    along = {"column": "psnr_db", "along": "federation.batch_size", "levels": [1, 2, 4]}
+    falls, rises = (claim("trend", **along, expect=way) for way in ("falls", "rises"))
+    said = verify([falls, rises], {"dlg-noise": cells})
+    assert [one.verdict for one in said] == [HOLDS, REFUTED]
+    assert said[0].ours.startswith("28.5 dB -> 23.5 dB -> 13.5 dB")
+
+
+def test_many_claims_of_a_study_are_harder_to_show_than_one():
+    cell = Cell([], {"naive": [30.0] * 7 + [8.0]})  # 7 of 8: p = 3.5 % of at most half
+    one = claim("rate", of="MSE < 0.03", expect=">= 0.5")
+    assert verdict(one, cell) == HOLDS
+    assert [said.verdict for said in verify([one, one], {"dlg-noise": [cell]})] == [OPEN, OPEN]
+
+
+def test_names_numbers_and_lists_are_matched():
+    settings = {"defense": "gaussian", "defense.variance": 0.001, "model.init.distribution": "normal"}
+    assert matches(settings, {"defense": "gauss*", "defense.variance": [1, 1e-3]})
+    assert not matches(settings, {"defense.variance": 1e-2})
+    assert not matches(settings, {"defense.levels": 16})
+
+
+def test_every_claim_there_is_can_be_answered():
+    said = claims.load()
+    assert {one.study for one in said} - {claims.UNIT} <= set(study.names())
+    for one in said:
+        assert one.row
+        assert one.attacker in ("naive", "adaptive", "both", "any")
+        if one.check in ("test", "cells"):
+            continue
+        where = one.settings.get("where", {})
+        sides = [where | side for side in (one.settings.get("of"), one.settings.get("than")) if isinstance(side, dict)] or [where]
+        sides = [{key: value for key, value in side.items() if key not in claims.ROWS} for side in sides]
+        size = "full" if any(side.get("model") == "resnet18" for side in sides) else "quick"
+        cells = [claims.flat(config) for config in study.load(one.study).cells(size).values()]
+        for side in sides:
+            assert any(matches(settings, side) for settings in cells), (one.row, side)
+
+
+def test_the_tests_that_claims_name_are_there():
+    nodes = [one.settings["expect"] for one in claims.load() if one.check == "test"]
+    root = claims.Path(claims.__file__).parent.parent
+    for node in nodes:
+        file, name = node.split("::")
+        assert f"def {name}(" in (root / file).read_text()
+
+
+def test_a_test_that_fails_refutes(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "tests" / "test_it.py").write_text(
+        "import pytest\n\n@pytest.mark.parametrize('n', [1, 2])\ndef test_good(n): pass\n\n"
+        "@pytest.mark.parametrize('n', [1, 2])\ndef test_bad(n): assert n == 1\n"
+    )
+    monkeypatch.setattr(claims, "__file__", str(tmp_path / "experiments" / "claims.py"))
+    nodes = [f"tests/test_it.py::test_{name}" for name in ("good", "bad")]
+    said = verify([Claim("X", claims.UNIT, "w", "s", "test", {"expect": node}) for node in nodes], {})
+    assert [one.verdict for one in said] == [HOLDS, REFUTED]
+
+
+def test_verify_answers_a_study_that_was_run(tmp_path, capsys):
+    tiny = ["data=synthetic", "data.train_size=40", "data.test_size=20", "federation.clients=2", "federation.per_round=2"]
+    out = tmp_path / "study-resolution-quick"
+    assert main(["study", "resolution", *tiny, "data.side=16,32", "attack.evaluations=2", "-o", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["verify", "resolution", "--runs", str(tmp_path), "--format", "csv"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 + sum(one.study == "resolution" for one in claims.load())
+    assert all(line.endswith(MISSING) for line in said[1:])  # of other evaluations, and of 64 pixels, nothing was measured
+    assert main(["verify", "resolutoin"]) == 2
+    assert "resolution" in capsys.readouterr().err
