@@ -8,6 +8,7 @@ import base64
 import functools
 import html
 import io
+import itertools
 import json
 import math
 import re
@@ -33,7 +34,6 @@ from experiments.progress import size
 from experiments.scoring import STOLEN_MSE, STOLEN_TOKENS
 from experiments.statistics import LEVEL
 from fedsim.files import read_json, write_bytes
-from fedsim.observation import Trace
 from fedsim.run import RunFolder
 from fedsim.setup import build, setup_of
 
@@ -87,8 +87,8 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
         if text
         else leaks["psnr_db"].clip(upper=PERFECT).fillna(0.0),  # what is no number is as far off as can be
     )
-    by = _by_contender(folders)
-    contenders = [_contender(name, of, rounds) for name, of in by.items()]
+    grouped = _by_contender(folders)
+    contenders = [_contender(name, of, rounds) for name, of in grouped.items()]
     points, ranking = [], []
     album = _Album({str(folder.path): folder for folder in folders}, text, blur)
     for (kind, attack), of in leaks.groupby(["kind", "attack"], sort=False):
@@ -125,7 +125,7 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
             _heat(str(kind), str(attack), str(who), of)
             for (kind, attack, who), of in leaks.groupby(["kind", "attack", "attacker"], sort=False)
         ],
-        "knobs": _knobs({one["name"]: of[0].config for one, of in zip(contenders, by.values(), strict=True)}),
+        "knobs": _knobs({name: of[0].config for name, of in grouped.items()}),
         "tables": [_section("table", "Summary table", summarised(folders))],
         "stages": sorted({int(round) for round in leaks["round"]}),
         "victims": album.victims,
@@ -475,15 +475,15 @@ def _in_words(
 
 def _extremes(attack: str, defended: list[Row]) -> str:
     """Which defense, of those in the order of the ranking, gave away least to its stronger attacker, and which most."""
+    told = [f"the {row['stronger']} attacker: {_of(row['by'][row['stronger']])}" for row in defended]
     first, last = defended[0], defended[-1]
-    if first["strongest"] == last["strongest"] and len(defended) > 1:
+    if len(defended) == 1:
+        return f"Behind {first['kind']}, {attack} stole most as {told[0]}."
+    if first["strongest"] == last["strongest"]:
         return (
             f"Every defense gave away the same share to its stronger attacker by {attack}: {first['strongest']:.0%} of its victims."
         )
-    least, most = (f"{row['kind']} ({row['stronger']}): {_of(row['by'][row['stronger']])}" for row in (first, last))
-    if len(defended) == 1:
-        return f"To its stronger attacker by {attack}, the defense gave away, {least}."
-    return f"To their stronger attackers by {attack}, the defenses gave away least behind {least}; most behind {most}."
+    return f"Tried by {attack}, {first['kind']} gave away least, to {told[0]}; {last['kind']} gave away most, to {told[-1]}."
 
 
 def _of(counts: Row) -> str:
@@ -616,21 +616,22 @@ class _Album:
 
     def _animate(self, room: int) -> None:
         """Films of those wanted first that have a trace; no contender takes more than its part of the room."""
-        traces: dict[tuple[Any, ...], dict[int, Trace]] = {}
-        by: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
-        for i in sorted(self._first):
-            leak = self._leaks[i]
-            key = (leak["run"], leak["made_by"], int(leak["round"]))
-            if key not in traces:
-                traces[key] = self.folders[leak["run"]].traces(*key[1:])
-            trace = traces[key].get(sender(leak, int(leak["client"])))
-            if trace is not None and leak["reconstruction"] >= 0:
-                frames = trace.images[moments(trace, FRAMES), int(leak["reconstruction"])]
-                by.setdefault((leak["kind"], leak["made_by"]), []).append((i, frames))
+        by: dict[tuple[str, str], list[tuple[int, str]]] = {}
+
+        def where(i: int) -> tuple[str, str, int]:
+            return self._leaks[i]["run"], self._leaks[i]["made_by"], int(self._leaks[i]["round"])
+
+        for (run, made_by, round), victims in itertools.groupby(sorted(self._first, key=where), key=where):
+            traces = self.folders[run].traces(made_by, round)
+            for i in victims:
+                leak = self._leaks[i]
+                trace = traces.get(sender(leak, int(leak["client"])))
+                if trace is not None and leak["reconstruction"] >= 0:
+                    frames = trace.images[moments(trace, FRAMES), int(leak["reconstruction"])]
+                    by.setdefault((leak["kind"], made_by), []).append((i, _uri(_webp(list(frames)))))
         for several in by.values():
             left = room // len(by)
-            for i, frames in several:
-                uri = _uri(_webp(list(frames)))
+            for i, uri in sorted(several):
                 if (cost := len(uri) + QUOTES) > left:
                     self.left_out["animations"] += 1
                     continue
