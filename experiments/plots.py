@@ -38,6 +38,7 @@ from fedsim.observation import SUM
 from fedsim.run import RunFolder
 from fedsim.setup import setup_of
 
+TRIVIAL = {"grey": "a grey card", "mean_image": "the mean image", "mean_colour": "its mean colour"}  # what knowing nothing makes
 KNOWING = ", adaptive"  # ends the label of an attacker who knows the defense
 MEDIAN, WORST = "#0072B2", "#D55E00"
 PERFECT = 60.0  # dB; better than any eye, and an exact copy has no finite PSNR
@@ -221,8 +222,7 @@ def _guesses(leaks: pd.DataFrame, attack: str, blank: int, text: bool) -> list[l
         passed = int((first["typical_token_accuracy"] >= STOLEN_TOKENS).sum())
         shares = [f"{first[f'typical_{score}'].mean():.0%}" for score in ("token_accuracy", "rougeL")]
         return [["the usual words", *before, str(Rate(passed, len(first))), "", *shares, "", ""]]
-    names = (("grey", "a grey card"), ("mean_image", "the mean image"), ("mean_colour", "its mean colour"))
-    return [[what, *before, *_bars(first, f"{name}_"), "", _median(first, f"{name}_"), ""] for name, what in names]
+    return [[what, *before, *_bars(first, f"{name}_"), "", _median(first, f"{name}_"), ""] for name, what in TRIVIAL.items()]
 
 
 def _cost(cost: Difference) -> str:

@@ -8,12 +8,13 @@ import base64
 import functools
 import html
 import io
+import itertools
 import json
 import math
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,21 @@ from attacks.metrics import BARS, Rate, success_rates
 from experiments.card import GUESS, card, obstacles
 from experiments.config import GROUPS, Config, ConfigError, compose, conditions, contender, label, without_defense
 from experiments.pictures import moments
-from experiments.plots import IMAGES, KNOWING, PERFECT, TEXTS, of_text, sender, summarised, tables
+from experiments.plots import IMAGES, KNOWING, PERFECT, TEXTS, TRIVIAL, Summary, of_text, sender, summarised, tables
 from experiments.progress import size
-from experiments.scoring import STOLEN_MSE
+from experiments.scoring import STOLEN_MSE, STOLEN_TOKENS
 from experiments.statistics import LEVEL
 from fedsim.files import read_json, write_bytes
-from fedsim.observation import Trace
 from fedsim.run import RunFolder
 from fedsim.setup import build, setup_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PICTURES = 12  # victims of each contender in the gallery
 FRAMES = 20  # of an animation
-STILLS, FILMS = 8_000_000, 3_000_000  # bytes that pictures and animations may take, before base64
+MOST = 14_000_000  # bytes of a page; pictures that would make it larger are left out
+STILLS = 0.7  # share of the room for pictures that still ones may take
+QUOTES = 3  # bytes that JSON puts around a picture
+PLACES = len('"truth":99999,"stolen":99999,"film":99999,')  # what a victim's pictures add to what is said of it
 CURVE = 200  # points of an accuracy curve
 LEAST = math.ceil(-math.log2(LEVEL))  # thefts that have to fail before a sign test can show anything: 2^-5 < 5 %
 ATTACKERS = ("naive", "adaptive")
@@ -84,7 +87,8 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
         if text
         else leaks["psnr_db"].clip(upper=PERFECT).fillna(0.0),  # what is no number is as far off as can be
     )
-    contenders = [_contender(name, of, rounds) for name, of in _by_contender(folders).items()]
+    grouped = _by_contender(folders)
+    contenders = [_contender(name, of, rounds) for name, of in grouped.items()]
     points, ranking = [], []
     album = _Album({str(folder.path): folder for folder in folders}, text, blur)
     for (kind, attack), of in leaks.groupby(["kind", "attack"], sort=False):
@@ -95,12 +99,10 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
         {"kind": kind, "attack": attack, "victims": _gallery(of, leaks[leaks["attack"] == attack], album)}
         for (kind, attack), of in leaks.groupby(["kind", "attack"], sort=False)
     ]
-    album.fill()
     shown = TEXTS if text else IMAGES
-    table = summarised(folders)
     first = folders[0].config
     data = ", ".join(dict.fromkeys(f"{c['choices']['data']} with {c['choices']['model']}" for c in configs.values()))
-    return {
+    page = {
         "title": f"fedsim: {data}",
         "text": text,
         "blurred": blur,
@@ -112,9 +114,9 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
             "axis": shown.axis,
             "most": shown.most,
             "bar": shown.bar,
-            "unit": "%" if text else "dB",
-        }
-        | {"stolen": shown.stolen, "guess": _number(leaks[shown.trivial].median()), "trivial": shown.guess},
+            "stolen": shown.stolen,
+            "guesses": _guesses(leaks, text),
+        },
         "contenders": contenders,
         "points": points,
         "ranking": ranking,
@@ -123,13 +125,8 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
             _heat(str(kind), str(attack), str(who), of)
             for (kind, attack, who), of in leaks.groupby(["kind", "attack", "attacker"], sort=False)
         ],
-        "table": {
-            "title": table.title,
-            "columns": table.columns,
-            "rows": table.rows,
-            "guesses": table.guesses,
-            "notes": table.notes,
-        },
+        "knobs": _knobs({name: of[0].config for name, of in grouped.items()}),
+        "tables": [_section("table", "Summary table", summarised(folders))],
         "stages": sorted({int(round) for round in leaks["round"]}),
         "victims": album.victims,
         "images": album.images,
@@ -137,6 +134,13 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
         "left_out": album.left_out,
         "test": f"{first['choices']['data']} test set",
     }
+    album.fill(MOST - len(rendered(page).encode()))
+    return page
+
+
+def _section(key: str, title: str, table: Summary) -> Row:
+    """A section of the page that is a table, at report.html#`key`."""
+    return {"id": key, "section": title} | asdict(table)
 
 
 def _by_contender(folders: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
@@ -167,6 +171,8 @@ def _contender(name: str, folders: Sequence[RunFolder], rounds: pd.DataFrame) ->
         "share": float(of["bytes_up"].sum() / max(1, of["bytes_up_dense"].sum())) if len(of) else None,
         "proof": _proof(last) if "epsilon" in last and np.isfinite(last["epsilon"]).all() else None,
         "bare": without_defense(config),
+        "family": f"{config['choices']['defense']} {config['choices'].get('model/bottleneck')}",
+        "settings": "; ".join([config["choices"]["data"], *(label(config, group) for group in ("model", "federation", "attack"))]),
         "card": _card(config),
         "runs": [_run(folder, of[of["run"] == str(folder.path)]) for folder in folders],
     }
@@ -197,6 +203,8 @@ def _run(folder: RunFolder, rounds: pd.DataFrame) -> Row:
     done = int(rounds["round"].max()) if len(rounds) else 0
     return {
         "name": folder.path.name,
+        "path": shlex.quote(str(folder.path)),
+        "attack": config["choices"]["attack"],
         "seed": config["seed"],
         "rounds": done,
         "of": config["rounds"],
@@ -291,8 +299,8 @@ def _points(kind: str, attack: str, leaks: pd.DataFrame, rounds: pd.DataFrame, a
                     "sent": float(until.groupby("run")["bytes_up"].sum().mean()),
                     "dense": float(until["bytes_up"].sum() / max(1, until["bytes_up_dense"].sum())),
                     **_counts(of),
-                    "median_victim": album.want(of.iloc[(len(of) - 1) // 2]),
-                    "worst_victim": album.want(of.iloc[0]),
+                    "median_victim": album.want(of.iloc[(len(of) - 1) // 2], first=stage is None),
+                    "worst_victim": album.want(of.iloc[0], first=stage is None),
                     "scores": [round(float(value), 2) for value in of["score"]] if stage is None else [],
                 }
             )
@@ -300,6 +308,48 @@ def _points(kind: str, attack: str, leaks: pd.DataFrame, rounds: pd.DataFrame, a
             point["stronger"] = point is max(here, key=_strength)
         found += here
     return found
+
+
+def _guesses(leaks: pd.DataFrame, text: bool) -> list[Row]:
+    """What knowing nothing scores: the median over victims, and the share of them that it steals."""
+    known = {"typical": "the usual words"} if text else {name: TRIVIAL[name] for name in ("grey", "mean_image")}
+    score = "token_accuracy" if text else "psnr_db"
+    stolen = {
+        name: leaks["typical_token_accuracy"] >= STOLEN_TOKENS if text else leaks[f"{name}_mse"] < STOLEN_MSE for name in known
+    }
+    return [
+        {"name": words, "median": _number(leaks[f"{name}_{score}"].median()), "share": float(stolen[name].mean())}
+        for name, words in known.items()
+    ]
+
+
+def _knobs(configs: dict[str, Config]) -> list[Row]:
+    """For each setting of a defense that differs between contenders alike in all else: its values, and who has them."""
+    found: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for name, config in configs.items():
+        settings = dict(_leaves(["defense"], config["defense"])) | dict(_leaves(["bottleneck"], config["model"].get("bottleneck")))
+        others = {key: config["choices"].get(key) for key in ("defense", "model/bottleneck", "server", "aggregation")}
+        others |= {key: config.get(key) for key in ("server", "aggregation")}
+        for path, value in settings.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                rest = {key: other for key, other in settings.items() if key != path}
+                found.setdefault((path, json.dumps([others, rest], sort_keys=True)), []).append((float(value), name))
+    knobs = []
+    for (path, _), at in found.items():
+        if len(at) > 1:
+            knob = path.rpartition(".")[2]
+            words = at[0][1].split(" ")
+            title = " ".join(word for word in words if word.partition("=")[0] != knob)
+            knobs.append({"title": title, "knob": knob, "at": sorted(at)})
+    return knobs
+
+
+def _leaves(path: list[str], node: Any) -> list[tuple[str, Any]]:
+    """The values in a configuration's node, by their paths."""
+    inside = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+    if inside is None:
+        return [(".".join(path), node)]
+    return [leaf for key, value in inside for leaf in _leaves([*path, str(key)], value)]
 
 
 def _counts(victims: pd.DataFrame) -> Row:
@@ -392,6 +442,11 @@ def _in_words(
         f"{_many(len(folders), 'run')} on {data}: {_many(len(contenders), 'contender')}, {_many(seeds, 'seed')}, "
         f"{len(leaks)} attacks on {what} by {', '.join(leaks['attack'].unique())}."
     ]
+    under: dict[str, set[str]] = {}
+    for folder in folders:
+        under.setdefault(contender(folder.config), set()).add(conditions(folder.config))
+    if mixed := [name for name, several in under.items() if len(several) > 1]:
+        said.append(f"These join runs that differ in more than seed and attack, such as in data or model: {'; '.join(mixed)}.")
     unfinished = [run["name"] for one in contenders for run in one["runs"] if run["rounds"] < run["of"]]
     if unfinished:
         said.append(f"Not finished, and counted as far as they are: {', '.join(unfinished)}.")
@@ -399,15 +454,9 @@ def _in_words(
         if "held against" in row["says"]:
             counts = row["by"][row["stronger"]]
             said.append(f"Behind {row['kind']}, {row['attack']} ({row['stronger']}) stole {_of(counts)}.")
-    defended = [row for row in ranking if "held against" not in row["says"]]
-    if defended:
-        best, worst = defended[0], defended[-1]
-        least = (
-            f"Of the defenses, {best['kind']} gave away least to its stronger attacker "
-            f"({best['stronger']}, {best['attack']}): {_of(best['by'][best['stronger']])}"
-        )
-        most = f"; {worst['kind']} gave away most: {_of(worst['by'][worst['stronger']])}." if len(defended) > 1 else "."
-        said.append(least + most)
+    for attack in dict.fromkeys(row["attack"] for row in ranking):
+        defended = [row for row in ranking if row["attack"] == attack and "held against" not in row["says"]]
+        said += [_extremes(attack, defended)] if defended else []
     if flagged := list(dict.fromkeys(row["kind"] for row in ranking if row["flag"])):
         said.append(f"These protect only against the naive attacker, who does not know them: {'; '.join(flagged)}.")
     if lost := int((leaks["verdict"] == "not converged").sum()):
@@ -422,6 +471,19 @@ def _in_words(
             f"of these {len(leaks)}; the summary table has stricter bars beside it."
         )
     return said
+
+
+def _extremes(attack: str, defended: list[Row]) -> str:
+    """Which defense, of those in the order of the ranking, gave away least to its stronger attacker, and which most."""
+    told = [f"the {row['stronger']} attacker: {_of(row['by'][row['stronger']])}" for row in defended]
+    first, last = defended[0], defended[-1]
+    if len(defended) == 1:
+        return f"Behind {first['kind']}, {attack} stole most as {told[0]}."
+    if first["strongest"] == last["strongest"]:
+        return (
+            f"Every defense gave away the same share to its stronger attacker by {attack}: {first['strongest']:.0%} of its victims."
+        )
+    return f"Tried by {attack}, {first['kind']} gave away least, to {told[0]}; {last['kind']} gave away most, to {told[-1]}."
 
 
 def _of(counts: Row) -> str:
@@ -453,7 +515,7 @@ def _gallery(leaks: pd.DataFrame, every: pd.DataFrame, album: "_Album") -> list[
         both = rows.loc[[chosen[place]]]
         found.append(
             {
-                who: album.want(leaks.iloc[int(of["at"].iloc[0])], True)
+                who: album.want(leaks.iloc[int(of["at"].iloc[0])], first=True)
                 for who in ATTACKERS
                 if len(of := both[both["attacker"] == who])
             }
@@ -484,19 +546,19 @@ class _Album:
     left_out: dict[str, int] = field(default_factory=lambda: {"pictures": 0, "animations": 0})
     _leaks: list[pd.Series] = field(default_factory=list)
     _places: dict[tuple[Any, ...], int] = field(default_factory=dict)
-    _moving: set[int] = field(default_factory=set)
+    _first: set[int] = field(default_factory=set)
     _stored: dict[bytes, int] = field(default_factory=dict)
-    _bytes: int = 0
+    _room: int = 0
 
-    def want(self, leak: pd.Series, moving: bool = False) -> int:
-        """The place of a victim among `victims`, of which there is an animation if that was asked for and recorded."""
+    def want(self, leak: pd.Series, *, first: bool) -> int:
+        """The place of a victim among `victims`; those wanted `first` have their pictures before others, and move if recorded."""
         key = (leak["run"], leak["made_by"], leak["seen"], *(int(leak[name]) for name in ("round", "client", "image")))
         if key not in self._places:
             self._places[key] = len(self.victims)
             self._leaks.append(leak)
             self.victims.append(self._told(leak))
-        if moving:
-            self._moving.add(self._places[key])
+        if first:
+            self._first.add(self._places[key])
         return self._places[key]
 
     def _told(self, leak: pd.Series) -> Row:
@@ -512,17 +574,22 @@ class _Album:
             return told | {"written": "" if self.blur else leak["truth"], "read": leak["recovered"]}
         return told | {name: _number(leak[name]) for name in ("mse", "psnr_db", "ssim", "lpips") if name in leak}
 
-    def fill(self) -> None:
-        """Adds the pictures: of runs on the same data one after the other, so that data are loaded once."""
+    def fill(self, room: int) -> None:
+        """Adds pictures of up to `room` bytes: of runs on the same data one after the other, so that data are loaded once."""
         if self.text:
             return
+        self._room = room - PLACES * len(self.victims)
+        films = int((1 - STILLS) * self._room)
+        self._room -= films
         configs = {run: folder.config for run, folder in self.folders.items()}
-        order = sorted(
-            range(len(self._leaks)), key=lambda i: (self._leaks[i]["under"], self._leaks[i]["seed"], self._leaks[i]["run"])
-        )
+
+        def turn(i: int) -> tuple[Any, ...]:
+            leak = self._leaks[i]
+            return i not in self._first, leak["under"], leak["seed"], leak["run"]
+
         truths: dict[tuple[Any, ...], Tensor] = {}
         made: tuple[Any, dict[int, Tensor]] = None, {}
-        for i in order:
+        for i in sorted(range(len(self._leaks)), key=turn):
             leak, told = self._leaks[i], self.victims[i]
             run, round, client = leak["run"], told["round"], told["client"]
             if (key := (leak["under"], leak["seed"], round, client)) not in truths:
@@ -533,44 +600,44 @@ class _Album:
             told["truth"] = self._still(_coarse(truth) if self.blur else truth)
             if (at := int(leak["reconstruction"])) >= 0:  # else the attack says that it has nothing of this one
                 told["stolen"] = self._still(made[1][sender(leak, client)][at])
-        self._animate()
+        self._animate(self._room + films)
 
     def _still(self, image: Tensor) -> int | None:
-        return self._kept(_webp([image]))
-
-    def _kept(self, data: bytes) -> int | None:
+        data = _webp([image])
         if data not in self._stored:
-            if self._bytes + len(data) > STILLS:
+            uri = _uri(data)
+            if (cost := len(uri) + QUOTES) > self._room:
                 self.left_out["pictures"] += 1
                 return None
-            self._bytes += len(data)
+            self._room -= cost
             self._stored[data] = len(self.images)
-            self.images.append(_uri(data))
+            self.images.append(uri)
         return self._stored[data]
 
-    def _animate(self) -> None:
-        """Films of those in the gallery that have a trace; no contender takes more than its part of the room."""
-        traces: dict[tuple[Any, ...], dict[int, Trace]] = {}
-        by: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
-        for i in sorted(self._moving):
-            leak = self._leaks[i]
-            key = (leak["run"], leak["made_by"], int(leak["round"]))
-            if key not in traces:
-                traces[key] = self.folders[leak["run"]].traces(*key[1:])
-            trace = traces[key].get(sender(leak, int(leak["client"])))
-            if trace is not None and leak["reconstruction"] >= 0:
-                frames = trace.images[moments(trace, FRAMES), int(leak["reconstruction"])]
-                by.setdefault((leak["kind"], leak["made_by"]), []).append((i, frames))
+    def _animate(self, room: int) -> None:
+        """Films of those wanted first that have a trace; no contender takes more than its part of the room."""
+        by: dict[tuple[str, str], list[tuple[int, str]]] = {}
+
+        def where(i: int) -> tuple[str, str, int]:
+            return self._leaks[i]["run"], self._leaks[i]["made_by"], int(self._leaks[i]["round"])
+
+        for (run, made_by, round), victims in itertools.groupby(sorted(self._first, key=where), key=where):
+            traces = self.folders[run].traces(made_by, round)
+            for i in victims:
+                leak = self._leaks[i]
+                trace = traces.get(sender(leak, int(leak["client"])))
+                if trace is not None and leak["reconstruction"] >= 0:
+                    frames = trace.images[moments(trace, FRAMES), int(leak["reconstruction"])]
+                    by.setdefault((leak["kind"], made_by), []).append((i, _uri(_webp(list(frames)))))
         for several in by.values():
-            left = FILMS // len(by)
-            for i, frames in several:
-                data = _webp(list(frames))
-                if len(data) > left:
+            left = room // len(by)
+            for i, uri in sorted(several):
+                if (cost := len(uri) + QUOTES) > left:
                     self.left_out["animations"] += 1
                     continue
-                left -= len(data)
+                left -= cost
                 self.victims[i]["film"] = len(self.films)
-                self.films.append(_uri(data))
+                self.films.append(uri)
 
 
 def _coarse(image: Tensor) -> Tensor:

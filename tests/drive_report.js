@@ -17,9 +17,12 @@ function drive(said) {
   said.all = marks();
   said.leaks = $$("#leak .mark").length;
   said.captions = captions();
+  said.knobs = $$("#knobs .mark").length;
+  said.levels = $$("#knobs line title").map(node => node.textContent);
 
   set("attacker", "naive");
   said.naive = marks();
+  said.naiveKnobs = $$("#knobs .mark").length;
   set("attacker", "stronger");
   said.stronger = marks();
   set("attacker", "both");
@@ -28,6 +31,7 @@ function drive(said) {
   set("stage", "");
   set("defense", "none", "input");
   said.none = marks();
+  said.noKnobs = $$("#knobs .mark").length;
   said.ranked = $$("#ranking tbody tr").length;
   set("defense", "no such", "input");
   said.nobody = [marks(), text("gallery"), size()];
@@ -53,8 +57,14 @@ function drive(said) {
   click("play");
   said.moving = stolen().filter((source, i) => source !== still[i]).length;
 
+  const point = node => node.dispatchEvent(new PointerEvent("pointermove", { pointerType: "mouse", clientX: 50, clientY: 50 }));
+  said.tips = ["#accuracy .mark", "#leak .mark", "#knobs .mark", "#film .mark", "#heat td button"].map(found => {
+    point(document.querySelector(found));
+    return [text("tip"), $$("#tip img").length];
+  });
+  said.later = [later({ attack: "dlg", path: "runs/a" }, "dlg"), later({ attack: "dlg", path: "runs/a" }, "idlg")];
   const mark = document.querySelector('#frontier .mark[data-kind="none"]');
-  mark.dispatchEvent(new PointerEvent("pointermove", { pointerType: "mouse", clientX: 50, clientY: 50 }));
+  point(mark);
   said.tip = text("tip");
   said.tipPictures = $$("#tip img").length;
   mark.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter" }));

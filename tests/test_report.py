@@ -17,7 +17,7 @@ from PIL import Image, ImageSequence
 from test_cli import fedsim
 
 from experiments import plots, report, runner, table
-from experiments.config import compose
+from experiments.config import compose, contender
 from fedsim.files import read_json, write_json
 from fedsim.run import RunFolder
 from fedsim.setup import setup_of
@@ -30,16 +30,20 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path: apt-get install chromium")
 
 
+RUNS = {"coarse": ["defense=uniform", "defense.levels=4"], "fine": ["defense=uniform", "defense.levels=64"], "none": []}
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
-    """Two runs of two rounds, attacked by somebody who knows the defense and by somebody who does not; one has an evil name."""
+    """Runs of two rounds, attacked by somebody who knows the defense and by somebody who does not; the defense has an evil name."""
     out = tmp_path_factory.mktemp("study")
-    for name, more in (("none", []), ("quantized", ["defense=uniform"])):
+    for name, more in RUNS.items():
         runner.start(compose([*SMALL, *more]), out / name, "fedsim a test")
-    path = out / "quantized" / "config.json"
-    config = read_json(path)
-    config["choices"]["defense"] = EVIL
-    write_json(path, config)
+        if more:
+            path = out / name / "config.json"
+            config = read_json(path)
+            config["choices"]["defense"] = EVIL
+            write_json(path, config)
     return out
 
 
@@ -60,7 +64,7 @@ def data_in(page: Path) -> dict:
 
 
 def test_the_table_says_in_each_format_what_the_terminal_says(study, capsys):
-    folders = [RunFolder(study / name) for name in ("none", "quantized")]
+    folders = [RunFolder(study / name) for name in RUNS]
     told = plots.summarised(folders)
     shown = plots.summary(folders)
     assert [list(column.cells) for column in shown.columns] == [
@@ -111,14 +115,15 @@ def test_a_run_that_nobody_attacked_has_nothing_to_report(study, tmp_path, capsy
 
 def test_numbers_are_those_of_the_tables(study, page):
     data = data_in(page)
-    folders = [RunFolder(study / name) for name in ("none", "quantized")]
+    folders = [RunFolder(study / name) for name in RUNS]
     told = plots.summarised(folders)
-    assert (data["table"]["columns"], data["table"]["rows"]) == (told.columns, told.rows)
+    (shown,) = data["tables"]
+    assert (shown["section"], shown["columns"], shown["rows"]) == ("Summary table", told.columns, told.rows)
     seen = set()
-    for folder, bare in zip(folders, (True, False), strict=True):
-        leaks, rounds = folder.leaks(), folder.rounds()
+    for folder in folders:
+        leaks, rounds, name = folder.leaks(), folder.rounds(), contender(folder.config)
         for point in data["points"]:
-            if (point["contender"] == "none") != bare:
+            if point["contender"] != name:
                 continue
             of = leaks[leaks["attacker"] == point["attacker"]]
             of = of if point["stage"] is None else of[of["round"] == point["stage"]]
@@ -132,8 +137,13 @@ def test_numbers_are_those_of_the_tables(study, page):
             worst, median = (data["victims"][point[key]] for key in ("worst_victim", "median_victim"))
             assert worst["mse"] == of["mse"].min()
             assert median["mse"] == of["mse"].sort_values().iloc[(len(of) - 1) // 2]
-            seen.add((bare, point["attacker"], point["stage"]))
-    assert seen == {(True, "naive", s) for s in (None, 1, 2)} | {(False, w, s) for w in ("naive", "adaptive") for s in (None, 1, 2)}
+            seen.add((name, point["attacker"], point["stage"]))
+    both = {(f"{EVIL} levels={levels}", who) for levels in (4, 64) for who in ("naive", "adaptive")}
+    assert seen == {(*one, stage) for one in both | {("none", "naive")} for stage in (None, 1, 2)}
+    grey, mean = data["score"]["guesses"]
+    every = pd.concat([folder.leaks() for folder in folders])
+    assert (grey["name"], grey["median"]) == ("a grey card", every["grey_psnr_db"].median())
+    assert (mean["name"], mean["share"]) == ("the mean image", (every["mean_image_mse"] < 0.03).mean())
 
 
 def test_pictures_are_the_originals_and_what_was_made_of_them(study, page):
@@ -189,15 +199,38 @@ def test_the_page_loads_nothing_and_names_are_text(page):
     assert page.stat().st_size < 1_000_000
 
 
-def test_pictures_beyond_the_bound_are_left_out_and_counted(study, monkeypatch):
-    monkeypatch.setattr(report, "STILLS", 20_000)
-    monkeypatch.setattr(report, "FILMS", 0)
-    data = report.data_of([RunFolder(study / "none")], "a test")
-    assert sum(len(base64.b64decode(image.split(",")[1])) for image in data["images"]) <= 20_000
+def test_a_page_does_not_grow_beyond_its_bound_and_counts_what_is_left_out(study, monkeypatch):
+    assert report.MOST < 15_000_000
+    folder = RunFolder(study / "none")
+    whole = report.data_of([folder], "a test")
     # Originals and reconstructions of four victims.
-    assert len(data["images"]) + data["left_out"]["pictures"] == 8
-    assert data["left_out"]["pictures"] > 0
-    assert (data["films"], data["left_out"]["animations"]) == ([], 4)
+    assert (len(whole["images"]), len(whole["films"]), whole["left_out"]) == (8, 4, {"pictures": 0, "animations": 0})
+    bare = len(report.rendered(whole)) - sum(map(len, whole["images"] + whole["films"]))
+    sizes = set()
+    for room in (0, 10_000, 25_000):
+        monkeypatch.setattr(report, "MOST", bare + room)
+        data = report.data_of([folder], "a test")
+        assert len(report.rendered(data)) <= bare + room
+        assert len(data["images"]) + data["left_out"]["pictures"] == 8
+        assert len(data["films"]) + data["left_out"]["animations"] == 4
+        sizes.add(len(data["images"]))
+    assert len(sizes) == 3  # more room, more pictures
+    assert 0 in sizes
+
+
+def test_a_knob_is_a_setting_of_contenders_alike_in_all_else(study, page):
+    assert data_in(page)["knobs"] == [{"title": EVIL, "knob": "levels", "at": [[4, f"{EVIL} levels=4"], [64, f"{EVIL} levels=64"]]}]
+    tried = [["defense=topk", f"defense.ratio={ratio}"] for ratio in (0.5, 0.1)]
+    tried += [
+        ["defense=topk", "defense.ratio=0.9", "defense.scope=global"],
+        ["defense=topk", "aggregation=secure"],
+        ["defense=none"],
+    ]
+    tried += [["defense=precode", f"model.bottleneck.beta={beta}"] for beta in (1e-3, 1e-2)]
+    configs = [compose(overrides) for overrides in tried]
+    first, second = report._knobs({contender(config): config for config in configs})
+    assert (first["knob"], [value for value, _ in first["at"]]) == ("ratio", [0.1, 0.5])
+    assert (second["knob"], [value for value, _ in second["at"]]) == ("beta", [0.001, 0.01])
 
 
 @pytest.mark.parametrize(
@@ -278,6 +311,18 @@ def test_the_ranking_goes_by_the_stronger_attacker():
     assert (row["stronger"], row["strongest"]) == ("adaptive", 0.75)
 
 
+def test_the_words_name_extremes_of_each_attack_and_none_where_all_are_alike():
+    def row(kind: str, attack: str, stolen: int) -> dict:
+        counts = {"stolen": stolen, "n": 10, "interval": [0.0, 1.0], "lost": 0}
+        return {"kind": kind, "attack": attack, "stronger": "naive", "strongest": stolen / 10, "by": {"naive": counts}}
+
+    assert report._extremes("dlg", [row("A", "dlg", 3)]).startswith("Behind A, dlg stole most as the naive attacker: 3 of 10")
+    both = report._extremes("dlg", [row("A", "dlg", 3), row("B", "dlg", 7)])
+    assert "A gave away least, to the naive attacker: 3 of 10" in both
+    assert "B gave away most, to the naive attacker: 7 of 10" in both
+    assert "the same share" in report._extremes("dlg", [row("A", "dlg", 3), row("B", "dlg", 3)])
+
+
 def test_of_a_few_thefts_nothing_can_be_told():
     every = leaks_of(none=[1] * 4 + [0] * 8, naive=[0] * 12, adaptive=[0] * 12)
     assert report._ranked("A", "dlg", every[~every["bare"]], every)["says"].startswith("too few victims to tell")
@@ -353,7 +398,9 @@ def test_the_page_runs_without_errors_and_nothing_overflows(driven):
     for scroll, inner in (driven["size"], driven["nobody"][2], driven["after"]):
         assert inner == driven["width"]
         assert scroll <= inner
-    assert driven["headings"][:6] == ["In words", "Ranking", "Frontier", "Accuracy", "Leak per round", "Pictures"]
+    assert driven["headings"][:7] == [
+        *("In words", "Ranking", "Frontier", "Each defense over its knob", "Accuracy", "Leak per round", "Pictures")
+    ]
     assert driven["alts"] == driven["broken"] == driven["small"] == driven["strange"] == 0
     assert driven["pictures"] >= 8
     assert not driven["objects"]
@@ -362,11 +409,13 @@ def test_the_page_runs_without_errors_and_nothing_overflows(driven):
 @browser
 def test_filters_change_what_is_shown(driven):
     kinds = {kind for kind, _ in driven["all"]}
-    assert len(kinds) == 2
-    assert len(driven["all"]) == 3  # none has nothing to know
-    assert driven["leaks"] == 6  # in two rounds
+    assert len(kinds) == 3
+    assert len(driven["all"]) == 5  # none has nothing to know
+    assert driven["leaks"] == 10  # in two rounds
     assert {who for _, who in driven["naive"]} == {"naive"}
-    assert len(driven["naive"]) == len(driven["stronger"]) == 2
+    assert len(driven["naive"]) == len(driven["stronger"]) == 3
+    assert (driven["knobs"], driven["naiveKnobs"], driven["noKnobs"]) == (4, 2, 0)  # two levels
+    assert set(driven["levels"]) == {"stolen: MSE < 0.03", "a grey card", "the mean image", "no defense, stronger attacker"}
     assert {kind for kind, _ in driven["none"]} == {"none"}
     assert driven["ranked"] == 1
     assert driven["nobody"][0] == []
@@ -386,7 +435,14 @@ def test_switches_the_slider_and_the_details_work(driven):
     assert "median" in driven["tip"]
     assert "fedsim run" in driven["tip"]
     assert driven["tipPictures"] == 4
-    assert driven["moving"] == 12  # four victims; one defense has two attackers
+    assert driven["moving"] == 20  # four victims; two defenses have two attackers
+    assert len(driven["tips"]) == 5  # accuracy, leak, knobs, film strip, heat map
+    for tip, pictures in driven["tips"]:
+        assert "median" in tip
+        assert "lenet_silu" in tip
+        assert "fedsim" in tip
+        assert pictures == 4
+    assert driven["later"] == ["", "\nfedsim attack runs/a attack=idlg"]
     assert driven["open"]
     assert "fedsim run" in driven["more"]
     assert "not converged" in driven["more"]
