@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     plot = _command(commands, "plot", _plot, "draw the figures of one run, or compare several")
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     plot.add_argument("-o", "--out", type=Path, help="folder of the figures (default: RUN/figures)")
+    plot.add_argument("--format", default="png,svg", metavar="FORMAT", help="png, svg, pdf or several (default: png,svg)")
 
     table = _command(commands, "table", _table, "write the summary table of runs as Markdown, LaTeX or CSV")
     table.add_argument("runs", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders of runs")
@@ -282,12 +283,12 @@ def _multirun(base: Path) -> int:
     return _finish(folders, base / "figures")
 
 
-def _finish(folders: "list[RunFolder]", figures: Path) -> int:
+def _finish(folders: "list[RunFolder]", figures: Path, formats: Sequence[str] = ("png", "svg")) -> int:
     from experiments.plots import draw, summary
     from experiments.progress import console
 
     console.print(summary(folders))
-    for path in draw(folders, figures):
+    for path in draw(folders, figures, formats):
         console.print(f"  {path}")
     return 0
 
@@ -317,9 +318,13 @@ def _attack(arguments: argparse.Namespace) -> int:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
+    from experiments.canvas import FORMATS
+    from fedsim.checks import one_of
     from fedsim.run import iterate
 
-    return _finish(iterate(arguments.runs), arguments.runs[0] / "figures" if arguments.out is None else arguments.out)
+    formats = [one_of("--format", form, FORMATS) for form in arguments.format.split(",")]
+    figures = arguments.runs[0] / "figures" if arguments.out is None else arguments.out
+    return _finish(iterate(arguments.runs), figures, formats)
 
 
 def _table(arguments: argparse.Namespace) -> int:
