@@ -25,6 +25,7 @@ examples:
   fedsim plot runs/NAME runs/OTHER -o figures
   fedsim table runs/NAME --format latex                           the summary table, for a paper
   fedsim report runs/NAME -o report.html                          one page with everything there is to see
+  fedsim leaderboard runs/STUDY -o LEADERBOARD.md                 defenses ranked by their strongest attacker, at equal accuracy
   fedsim invert --image me.jpg attack=dlg                         your own picture, taken back from its gradient
   fedsim study defenses-vs-dlg --workers 2                        a published question, as a grid of runs
   fedsim list defenses
@@ -128,6 +129,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders of runs")
     report.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
     report.add_argument("--blur", action="store_true", help="put no original into the file, only what is left of it in 4x4 pixels")
+
+    board = _command(commands, "leaderboard", _leaderboard, "rank defenses by what leaks to the strongest attacker, at equal accuracy")
+    board.add_argument("runs", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders of runs")
+    board.add_argument("-o", "--out", type=Path, default=Path("LEADERBOARD.md"), metavar="FILE", help="default: LEADERBOARD.md")
 
     invert = _command(commands, "invert", _invert, "steal one picture, your own if you like, and draw how")
     invert.formatter_class, invert.epilog = argparse.RawDescriptionHelpFormatter, INVERT
@@ -345,6 +350,15 @@ def _report(arguments: argparse.Namespace) -> int:
     from fedsim.run import iterate
 
     print(f"  {arguments.out}  {size(write(iterate(arguments.runs), arguments.out, arguments.command_line, blur=arguments.blur))}")
+    return 0
+
+
+def _leaderboard(arguments: argparse.Namespace) -> int:
+    _quiet()
+    from experiments.leaderboard import write
+    from fedsim.run import iterate
+
+    print(f"  {arguments.out}  {write(iterate(arguments.runs), arguments.out, arguments.command_line)} defenses")
     return 0
 
 

@@ -204,11 +204,16 @@ def summarised(folders: Sequence[RunFolder]) -> Summary:
         here = leaks[leaks["run"].isin(of["run"])] if len(leaks) else leaks
         for label in _in_order(here["defense"]) if len(here) else [defense]:
             for attack in attacks:
-                name = label if len(attacks) == 1 else f"{label}, {attack}"
+                name = row_name(label, attack, attacks)
                 victims = here[(here["defense"] == label) & (here["attack"] == attack)] if len(here) else here
                 rows.append([name, *cells, *(_text_cells(victims) if text else _leak_cells(victims))])
     notes = [note for note in (_compared(costs), _found(folders)) if note]
     return Summary(title, columns, rows, _guesses(leaks, attacks[0], len(compared + proofs), text), notes)
+
+
+def row_name(label: str, attack: str, attacks: Sequence[str]) -> str:
+    """What a row of the summary is called: by its label (see `_leaks_of`), and by the attack where there are several."""
+    return label if len(attacks) == 1 else f"{label}, {attack}"
 
 
 def _guesses(leaks: pd.DataFrame, attack: str, blank: int, text: bool) -> list[list[str]]:
