@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
     report.add_argument("--blur", action="store_true", help="put no original into the file, only what is left of it in 4x4 pixels")
 
-    board = _command(commands, "leaderboard", _leaderboard, "rank defenses by what leaks to the strongest attacker, at equal accuracy")
+    board = _command(commands, "leaderboard", _leaderboard, "rank defenses by their strongest attacker, at equal accuracy")
     board.add_argument("runs", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders of runs")
     board.add_argument("-o", "--out", type=Path, default=Path("LEADERBOARD.md"), metavar="FILE", help="default: LEADERBOARD.md")
 
@@ -446,6 +446,7 @@ def _list(arguments: argparse.Namespace) -> int:
         "aggregations": "aggregation",
         "attacks": "attack",
         "engines": "engine",
+        "trackers": "tracker",
         "settings": "setting",
     }
     assert set(kinds.values()) == set(GROUPS)

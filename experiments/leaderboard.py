@@ -21,10 +21,11 @@ from fedsim.files import read_json, write_bytes
 from fedsim.run import RunFolder
 
 MOST = 0.05  # of accuracy: who loses more is beyond the last but one of the groups that are ranked
+NEAR, FAR = f"{100 * MARGIN:.0f}", f"{100 * MOST:.0f}"  # in points
 GROUPS = (
-    f"Loses less than {100 * MARGIN:.0f} points",
-    f"Loses less than {100 * MOST:.0f} points",
-    f"Loses more than {100 * MOST:.0f} points",
+    f"Loses less than {NEAR} points",
+    f"Loses less than {FAR} points",
+    f"Loses more than {FAR} points",
     "Undecided: the interval is too wide to say",
     "Not compared: fewer than two seeds in common with finished runs without a defense",
 )
@@ -36,11 +37,12 @@ share; ranks whose intervals overlap are not shown to differ. An attack that did
 same as protection.
 
 Only defenses that cost as much accuracy are ranked against each other. The loss is that against `none` under the same conditions,
-paired by seed, of the mean of the last {LAST} evaluations; its 90 % t-interval is in the column "against none", in points. A defense
-is in the first of these groups that holds: the interval lies above −{100 * MARGIN:.0f} points; above −{100 * MOST:.0f}; below −{100 * MOST:.0f}; none of
-them. Each is a one-sided test at 5 %; the first is one half of the equivalence test (TOST), and "equivalent" stands where the other
-half holds as well, that no more than {100 * MARGIN:.0f} points are gained. Each test stands by itself: there is no correction for the number of defenses. Runs that
-did not come to their end are counted nowhere, and named: a defense under which training breaks down is no better for it.
+paired by seed, of the mean of the last {LAST} evaluations; its 90 % t-interval is in the column "against none", in points.
+A defense is in the first of these groups that holds: the interval lies above −{NEAR} points; above −{FAR}; below −{FAR}; none of
+them. Each is a one-sided test at 5 %; the first is one half of the equivalence test (TOST), and "equivalent" stands where the
+other half holds as well, that no more than {NEAR} points are gained. Each test stands by itself: there is no correction for the
+number of defenses. Runs that did not come to their end are counted nowhere, and named: a defense under which training breaks down
+is no better for it.
 
 "Protects only against the naive attacker": of the victims that were stolen without a defense the naive attacker got fewer, and the
 adaptive one, who knows the defense, was not shown to (exact sign tests, one-sided, 5 %). "Naive" is what the naive attacker stole.
@@ -55,7 +57,7 @@ def group_of(cost: Difference | None) -> int:
 
 
 def write(folders: Sequence[RunFolder], path: Path, command: str) -> int:
-    """Writes the leaderboard of these runs, and returns how many defenses are ranked. Raises ValueError where nothing was attacked."""
+    """Writes the leaderboard of these runs, and returns how many defenses are ranked. Raises ValueError if nothing was attacked."""
     settings: dict[str, list[RunFolder]] = {}
     for folder in folders:
         settings.setdefault(conditions(folder.config), []).append(folder)
@@ -135,7 +137,8 @@ def _setting(config: dict[str, Any]) -> str:
     """What the defenses of a table were tried on, in a line."""
     chosen, federation = config["choices"], config["federation"]
     clients = f"{federation['per_round']} of {federation['clients']} clients a round, batches of {federation['batch_size']}"
-    return f"{chosen['data']}, {chosen['model']}, {chosen['federation']}, {clients}, {chosen['partition']}, {config['rounds']} rounds"
+    what = ", ".join(chosen[group] for group in ("data", "model", "federation"))
+    return f"{what}, {clients}, {chosen['partition']}, {config['rounds']} rounds"
 
 
 def _made_with(folders: Sequence[RunFolder]) -> list[str]:
@@ -151,7 +154,8 @@ def _made_with(folders: Sequence[RunFolder]) -> list[str]:
         said.append(f"Attack: {budget}; {'; '.join(spent)}.")
     said.append(f"Listened to: {'; '.join(_distinct(_heard(config) for config in configs))}.")
     machines = _distinct(
-        f"{one['processor']}, {one['cores']} cores, {one['gpu'] or one['device']}, {one['platform']}, Python {one['python']}" for one in made
+        f"{one['processor']}, {one['cores']} cores, {one['gpu'] or one['device']}, {one['platform']}, Python {one['python']}"
+        for one in made
     )
     said.append(f"Hardware: {'; '.join(machines)}.")
     versions = _distinct(", ".join(f"{name} {version}" for name, version in one["packages"].items()) for one in made)
@@ -169,10 +173,12 @@ def _spent(leaks: pd.DataFrame) -> str:
 
 
 def _heard(config: dict[str, Any]) -> str:
-    tap = config["tap"]
-    rounds = [f"every {tap['every']} rounds"] if tap["every"] else []
-    rounds += [f"rounds {_list(tap['rounds'])}" if isinstance(tap["rounds"], list) else f"{tap['rounds']} rounds"] if tap["rounds"] else []
-    return f"{_list(tap['clients']) if isinstance(tap['clients'], list) else tap['clients']} clients in {' and '.join(rounds) or 'no round'}"
+    every, rounds, clients = (config["tap"][key] for key in ("every", "rounds", "clients"))
+    when = [f"every {every} rounds"] if every else []
+    if rounds:
+        when.append(f"rounds {_list(rounds)}" if isinstance(rounds, list) else f"{rounds} rounds")
+    who = f"clients {_list(clients)}" if isinstance(clients, list) else f"{clients} clients"
+    return f"{who} in {' and '.join(when) or 'no round'}"
 
 
 def _configs(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:

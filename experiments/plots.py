@@ -1,7 +1,7 @@
 """Figures and the summary table of one run or of several, compared by defense; runs that differ in seed alone are one defense.
 
-Every figure is written as PNG and as SVG, or as asked. Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart, and
-each defense has a marker of its own as well.
+Every figure is written as PNG and as SVG, or as asked. Colours are those of Okabe and Ito (2008), which colour-blind readers tell
+apart, and each defense has a marker of its own as well.
 """
 
 import math

@@ -130,7 +130,7 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
 
 
 def ranked(folders: Sequence[RunFolder], leaks: pd.DataFrame) -> tuple[pd.DataFrame, list[Row]]:
-    """These leaks with what tells victims and defenses apart, and a line for each defense and attack: who gives away least is first."""
+    """These leaks with what tells victims and defenses apart, and a line for each defense and attack, the least leak first."""
     configs = {str(folder.path): folder.config for folder in folders}
     leaks = leaks.assign(
         kind=leaks["defense"].str.removesuffix(KNOWING),

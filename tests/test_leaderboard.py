@@ -53,7 +53,8 @@ def study(made, tmp_path) -> Path:
                 of = leaks.index[leaks["attacker"] == attacker]
                 assert len(of) == (0 if count is None else 4)
                 verdicts[of] = ["stolen"] * (count or 0) + ["not stolen"] * (len(of) - (count or 0))
-            write_table(path / "leaks.parquet", leaks.assign(verdict=verdicts, mse=[0.02 if v == "stolen" else 0.2 for v in verdicts]))
+            scores = [0.02 if verdict == "stolen" else 0.2 for verdict in verdicts]
+            write_table(path / "leaks.parquet", leaks.assign(verdict=verdicts, mse=scores))
     return out
 
 
@@ -109,7 +110,8 @@ def test_nothing_is_ranked_across_conditions_and_one_seed_is_no_comparison(made,
     config = read_json(other / "config.json")
     config["federation"]["lr"] = 0.7
     write_json(other / "config.json", config)
-    assert leaderboard.write([RunFolder(made / "none"), RunFolder(made / "topk"), RunFolder(other)], tmp_path / "b.md", "a test") == 2
+    folders = [RunFolder(path) for path in (made / "none", made / "topk", other)]
+    assert leaderboard.write(folders, tmp_path / "b.md", "a test") == 2
     parts = (tmp_path / "b.md").read_text().split("\n## ")[1:]
     assert len(parts) == 2
     for part in parts:
