@@ -113,7 +113,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 def test_every_fenced_block_is_of_a_language_that_is_run():
     for page in ("README.md", "docs/tutorial.md"):
-        assert set(re.findall(r"^```(.+)$", (ROOT / page).read_text(), re.MULTILINE)) <= {"python", "sh"}
+        found = set(re.findall(r"^```(.+)$", (ROOT / page).read_text(), re.MULTILINE))
+        assert found <= {"python", "sh", "text"}, page  # text is what was printed
 
 
 def pythons_of(page: str, folder: Path) -> str:
@@ -131,9 +132,11 @@ def test_the_python_of_the_readme_runs(tmp_path):
 
 
 def test_the_tutorial_ends_in_a_verdict_and_a_picture(tmp_path):
-    naked, quantized = pythons_of("docs/tutorial.md", tmp_path).splitlines()
-    assert naked.startswith("NoDefense(): it leaks; stolen: naive 8/8")
-    assert quantized.startswith("StochasticQuantization(levels=16): it leaks; stolen: naive ")
+    printed = pythons_of("docs/tutorial.md", tmp_path).splitlines()
+    (told,) = blocks("docs/tutorial.md", "text")
+    # How many the naive attacker gets despite quantization is a matter of luck, and of the machine's rounding.
+    luck = re.compile(r"(?<=levels=16\): it leaks; stolen: naive ).*(?=, adaptive)")
+    assert [luck.sub("", line) for line in printed] == [luck.sub("", line) for line in told.splitlines()]
     with Image.open(tmp_path / "leak.png") as picture:
         assert picture.size == (8 * 34 + 2, 5 * 34 + 2)  # eight images a row: the originals, and two rows for each of two defenses
 
