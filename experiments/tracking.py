@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -15,7 +15,7 @@ from fedsim.run import RunFolder
 from fedsim.setup import Setup
 from fedsim.tracking import Journal
 
-Row = Mapping[str, Any]
+Row = Mapping[Any, Any]
 
 # Columns of rounds.parquet, and what their curves are called.
 CURVES = {"accuracy": "accuracy", "loss": "loss", "train_loss": "train_loss", "client_accuracy": "client_accuracy"}
@@ -30,7 +30,7 @@ class Tracking:
     def __init__(self, setup: Setup, folder: RunFolder, journal: Journal | None, pictures: int = 0) -> None:
         self.setup, self.folder, self.journal, self.pictures = setup, folder, journal, pictures
 
-    def rounds(self, rows: Iterable[Row]) -> None:
+    def rounds(self, rows: Sequence[Row]) -> None:
         """Finished rounds."""
         if self.journal is None:
             return
@@ -38,22 +38,22 @@ class Tracking:
             told = {name: row.get(column) for column, name in CURVES.items()}
             self.journal.numbers(int(row["round"]), {name: float(value) for name, value in told.items() if value is not None})
 
-    def leaks(self, rows: Iterable[Row]) -> None:
+    def leaks(self, rows: Sequence[Row]) -> None:
         """Images or sentences that were attacked."""
         table = pd.DataFrame(rows)
         if self.journal is None or not len(table):
             return
         table = table.assign(seen=table.get("seen", "update"))  # tables of earlier versions
-        for (attack, seen, round), of in table.groupby(["attack", "seen", "round"], sort=False):
-            who = attack if seen == "update" else f"{attack}/{seen}"
+        for (attack, seen, _), of in table.groupby(["attack", "seen", "round"], sort=False):
+            round, who = int(of["round"].iloc[0]), str(attack) if seen == "update" else f"{attack}/{seen}"
             told = {f"stolen/{who}": float((of["verdict"] == "stolen").mean())}
             if "psnr_db" in of:
                 told[f"psnr_db/{who}"] = float(of["psnr_db"].clip(upper=PERFECT).median())
             else:
                 told[f"in_place/{who}"] = float(of["token_accuracy"].mean())
-            self.journal.numbers(int(round), told)
+            self.journal.numbers(round, told)
             if "psnr_db" in of and self.pictures:
-                self.journal.picture(int(round), f"pictures/{who}", self._picture(str(attack), int(round), of.head(self.pictures)))
+                self.journal.picture(round, f"pictures/{who}", self._picture(str(attack), round, of.head(self.pictures)))
 
     def _picture(self, attack: str, round: int, leaks: pd.DataFrame) -> Tensor:
         """Originals above what was stolen of them, (C, H, W); white where the attack says that it has nothing."""
