@@ -1,11 +1,11 @@
-"""What all figures share: colours, style, an image in its axes, and files as PNG and SVG.
+"""What all figures share: colours, style, an image in its axes, and files as PNG, SVG and PDF.
 
 Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart; maps of colours are cividis for amounts and
 PuOr for signed values, for the same reason.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,6 +19,7 @@ from fedsim.files import write_with
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = "osD^vPX*"
 AMOUNTS, SIGNED = "cividis", "PuOr"
+FORMATS = ("png", "svg", "pdf")
 
 STYLE: Any = {
     "figure.dpi": 150,
@@ -30,6 +31,7 @@ STYLE: Any = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "svg.hashsalt": "fedsim",  # the same figure is the same file
+    "pdf.fonttype": 42,  # TrueType: many a publisher refuses Type 3
 }
 
 P = ParamSpec("P")
@@ -71,11 +73,19 @@ def frame(axes: Axes, colour: str) -> None:
         spine.set(visible=colour != "none", color=colour, linewidth=3)
 
 
+# What a file says of itself: no date and no version, so that the same figure is the same file.
+_METADATA: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+
+
 @styled
-def save(figure: Figure, path: Path, alt: str = "") -> Path:
-    """Writes a figure as SVG and PNG with `alt`, what it shows in words, as their description; returns the PNG file."""
-    for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):
-        about = metadata | ({"Description": alt} if alt else {})
-        write_with(path.with_suffix(suffix), lambda name, about=about: figure.savefig(name, metadata=about))  # type: ignore[misc]
+def save(figure: Figure, path: Path, alt: str = "", formats: Sequence[str] = ("png", "svg")) -> Path:
+    """Writes a figure in each of `formats` with `alt`, what it shows in words, as its description; returns the first file."""
+    for form in formats:
+        about = _METADATA[form] | ({"Subject" if form == "pdf" else "Description": alt} if alt else {})
+        write_with(path.with_suffix(f".{form}"), lambda name, about=about: figure.savefig(name, metadata=about))  # type: ignore[misc]
     plt.close(figure)
-    return path.with_suffix(".png")
+    return path.with_suffix(f".{formats[0]}")

@@ -25,6 +25,7 @@ examples:
   fedsim plot runs/NAME runs/OTHER -o figures
   fedsim table runs/NAME --format latex                           the summary table, for a paper
   fedsim report runs/NAME -o report.html                          one page with everything there is to see
+  fedsim leaderboard runs/STUDY -o LEADERBOARD.md                 defenses ranked by their strongest attacker, at equal accuracy
   fedsim invert --image me.jpg attack=dlg                         your own picture, taken back from its gradient
   fedsim study defenses-vs-dlg --workers 2                        a published question, as a grid of runs
   fedsim verify dlg-noise                                         what was published of it, and what that study measured
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     plot = _command(commands, "plot", _plot, "draw the figures of one run, or compare several")
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     plot.add_argument("-o", "--out", type=Path, help="folder of the figures (default: RUN/figures)")
+    plot.add_argument("--format", default="png,svg", metavar="FORMAT", help="png, svg, pdf or several (default: png,svg)")
 
     table = _command(commands, "table", _table, "write the summary table of runs as Markdown, LaTeX or CSV")
     table.add_argument("runs", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders of runs")
@@ -129,6 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders of runs")
     report.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
     report.add_argument("--blur", action="store_true", help="put no original into the file, only what is left of it in 4x4 pixels")
+
+    board = _command(commands, "leaderboard", _leaderboard, "rank defenses by their strongest attacker, at equal accuracy")
+    board.add_argument("runs", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders of runs")
+    board.add_argument("-o", "--out", type=Path, default=Path("LEADERBOARD.md"), metavar="FILE", help="default: LEADERBOARD.md")
 
     invert = _command(commands, "invert", _invert, "steal one picture, your own if you like, and draw how")
     invert.formatter_class, invert.epilog = argparse.RawDescriptionHelpFormatter, INVERT
@@ -291,12 +297,12 @@ def _multirun(base: Path) -> int:
     return _finish(folders, base / "figures")
 
 
-def _finish(folders: "list[RunFolder]", figures: Path) -> int:
+def _finish(folders: "list[RunFolder]", figures: Path, formats: Sequence[str] = ("png", "svg")) -> int:
     from experiments.plots import draw, summary
     from experiments.progress import console
 
     console.print(summary(folders))
-    for path in draw(folders, figures):
+    for path in draw(folders, figures, formats):
         console.print(f"  {path}")
     return 0
 
@@ -326,9 +332,13 @@ def _attack(arguments: argparse.Namespace) -> int:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
+    from experiments.canvas import FORMATS
+    from fedsim.checks import one_of
     from fedsim.run import iterate
 
-    return _finish(iterate(arguments.runs), arguments.runs[0] / "figures" if arguments.out is None else arguments.out)
+    formats = [one_of("--format", form, FORMATS) for form in arguments.format.split(",")]
+    figures = arguments.runs[0] / "figures" if arguments.out is None else arguments.out
+    return _finish(iterate(arguments.runs), figures, formats)
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -349,6 +359,15 @@ def _report(arguments: argparse.Namespace) -> int:
     from fedsim.run import iterate
 
     print(f"  {arguments.out}  {size(write(iterate(arguments.runs), arguments.out, arguments.command_line, blur=arguments.blur))}")
+    return 0
+
+
+def _leaderboard(arguments: argparse.Namespace) -> int:
+    _quiet()
+    from experiments.leaderboard import write
+    from fedsim.run import iterate
+
+    print(f"  {arguments.out}  {write(iterate(arguments.runs), arguments.out, arguments.command_line)} defenses")
     return 0
 
 
@@ -474,6 +493,7 @@ def _list(arguments: argparse.Namespace) -> int:
         "aggregations": "aggregation",
         "attacks": "attack",
         "engines": "engine",
+        "trackers": "tracker",
         "settings": "setting",
     }
     assert set(kinds.values()) == set(GROUPS)

@@ -18,7 +18,7 @@ from fedsim.checks import nearest
 CONF = Path(__file__).parent / "conf"
 GROUPS = (
     *("data", "partition", "model", "model/init", "model/bottleneck", "federation", "strategy", "server"),
-    *("defense", "inspect", "aggregation", "attack", "engine", "setting"),
+    *("defense", "inspect", "aggregation", "attack", "engine", "tracker", "setting"),
 )
 
 Config = dict[str, Any]
@@ -197,11 +197,12 @@ def without_defense(config: Config) -> bool:
 
 
 def conditions(config: Config) -> str:
-    """What a defense was tried under: the settings, without those that defend, attack or name a run, and without the seed.
+    """What a defense was tried under: the settings, without those that defend, attack, track or name a run, and without the seed.
 
     Runs with the same conditions and seed differ in accuracy by their defense alone.
     """
-    left_out = ("defense", "attack", "attacker", "tap", "seed", "name", "out", "choices")  # choices: settings say the same
+    # What was chosen, the settings say as well.
+    left_out = ("defense", "attack", "attacker", "tap", "tracker", "seed", "name", "out", "choices")
     kept = {key: value for key, value in config.items() if key not in left_out}
     model = {key: value for key, value in config["model"].items() if key != "bottleneck"}
     return json.dumps(kept | {"model": model}, sort_keys=True)

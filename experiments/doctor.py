@@ -127,4 +127,4 @@ def _offline() -> Finding:
             f"changed by your environment: {' '.join(changed)}",
             f"to stay offline: unset {' '.join(c.split('=')[0] for c in changed)}",
         )
-    return PASS, "Flower's and Ray's telemetry and update checks are off", ""
+    return PASS, "telemetry and update checks of Flower, Ray and MLflow are off", ""

@@ -6,6 +6,7 @@ A `Trace` holds T moments of a reconstruction, (T, B, C, H, W); pictures are of 
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,13 +189,15 @@ def draw_trace(
     at: int = 0,
     log: bool = True,
     normalise: bool = False,
+    formats: Sequence[str] = ("png", "svg"),
 ) -> list[Path]:
     """All pictures of one trace, into `folder`; `about` says in words whose and by what. Returns the files to look at."""
     films = [folder / f"animation{suffix}" for suffix in animations]
     animate(trace, truth, films, at=at, log=log, normalise=normalise)
+    keep = partial(save, formats=formats)
     return [
-        save(panels(trace, at=at, normalise=normalise), folder / "panels", f"The image at 30 moments of its theft {about}"),
-        save(layer_gaps(trace, truth, at), folder / "layers", f"Gap of each layer's gradient, loss and MSE over the theft {about}"),
+        keep(panels(trace, at=at, normalise=normalise), folder / "panels", f"The image at 30 moments of its theft {about}"),
+        keep(layer_gaps(trace, truth, at), folder / "layers", f"Gap of each layer's gradient, loss and MSE over the theft {about}"),
         *films,
     ]
 

@@ -1,7 +1,7 @@
 """Figures and the summary table of one run or of several, compared by defense; runs that differ in seed alone are one defense.
 
-Every figure is written as PNG and as SVG. Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart, and
-each defense has a marker of its own as well.
+Every figure is written as PNG and as SVG, or as asked. Colours are those of Okabe and Ito (2008), which colour-blind readers tell
+apart, and each defense has a marker of its own as well.
 """
 
 import math
@@ -49,33 +49,33 @@ PAGE = 16  # rows of pictures in one file
 LAST = 5  # evaluations that a run's accuracy is averaged over where it is tested; a single one jitters
 
 
-def draw(folders: Sequence[RunFolder], out: Path) -> list[Path]:
-    """Draws every figure the runs have data for, and returns the PNG files; what was read of text is a table in Markdown."""
+def draw(folders: Sequence[RunFolder], out: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """Draws every figure the runs have data for, and returns a file of each; what was read of text is a table in Markdown."""
     matplotlib.use("Agg")
     rounds, leaks = tables(folders)
     text = of_text(folders)
-    made = []
+    made, keep = [], partial(save, formats=formats)
     with plt.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("error")
         learned = rounds["accuracy"].notna().any()
         if learned:
-            made.append(save(_accuracy(rounds), out / "accuracy"))
-            made.append(save(_bytes(rounds), out / "accuracy_against_bytes"))
+            made.append(keep(_accuracy(rounds), out / "accuracy"))
+            made.append(keep(_bytes(rounds), out / "accuracy_against_bytes"))
         if costs := against_none(folders, rounds):
-            made.append(save(_differences(costs, _in_order(rounds["defense"])), out / "accuracy_difference"))
+            made.append(keep(_differences(costs, _in_order(rounds["defense"])), out / "accuracy_difference"))
         for attack in leaks["attack"].unique() if len(leaks) else ():
-            made.append(save(_leak(leaks, attack, TEXTS if text else IMAGES), out / f"leak_{attack}"))
+            made.append(keep(_leak(leaks, attack, TEXTS if text else IMAGES), out / f"leak_{attack}"))
             if text:
                 made.append(_sentences(leaks, attack, out / f"stolen_{attack}.md"))
             else:
                 pages = _pictures(folders, attack)
                 names = [f"pictures_{attack}" + (f"_{i}" if len(pages) > 1 else "") for i in range(1, len(pages) + 1)]
-                made += [save(page(), out / name) for page, name in zip(pages, names, strict=True)]
-                made += _traces(folders, attack, out / f"traces_{attack}")
+                made += [keep(page(), out / name) for page, name in zip(pages, names, strict=True)]
+                made += _traces(folders, attack, out / f"traces_{attack}", formats)
             if learned:
                 what = "sentences" if text else "images"
-                made.append(save(_pareto(rounds, leaks, attack, what), out / f"accuracy_against_leak_{attack}"))
-        made.append(save(_partition(folders[0]), out / "partition"))
+                made.append(keep(_pareto(rounds, leaks, attack, what), out / f"accuracy_against_leak_{attack}"))
+        made.append(keep(_partition(folders[0]), out / "partition"))
     return made
 
 
@@ -205,11 +205,16 @@ def summarised(folders: Sequence[RunFolder]) -> Summary:
         here = leaks[leaks["run"].isin(of["run"])] if len(leaks) else leaks
         for label in _in_order(here["defense"]) if len(here) else [defense]:
             for attack in attacks:
-                name = label if len(attacks) == 1 else f"{label}, {attack}"
+                name = row_name(label, attack, attacks)
                 victims = here[(here["defense"] == label) & (here["attack"] == attack)] if len(here) else here
                 rows.append([name, *cells, *(_text_cells(victims) if text else _leak_cells(victims))])
     notes = [note for note in (_compared(costs), _found(folders)) if note]
     return Summary(title, columns, rows, _guesses(leaks, attacks[0], len(compared + proofs), text), notes)
+
+
+def row_name(label: str, attack: str, attacks: Sequence[str]) -> str:
+    """What a row of the summary is called: by its label (see `_leaks_of`), and by the attack where there are several."""
+    return label if len(attacks) == 1 else f"{label}, {attack}"
 
 
 def _guesses(leaks: pd.DataFrame, attack: str, blank: int, text: bool) -> list[list[str]]:
@@ -584,7 +589,7 @@ def _page(rows: _Rows, victims: pd.Index, attack: str) -> Figure:
     return figure
 
 
-def _traces(folders: Sequence[RunFolder], attack: str, out: Path) -> list[Path]:
+def _traces(folders: Sequence[RunFolder], attack: str, out: Path, formats: Sequence[str]) -> list[Path]:
     """How the worst and the median leak of each run came about, of those whose attack recorded it."""
     made = []
     for folder in folders:
@@ -599,7 +604,7 @@ def _traces(folders: Sequence[RunFolder], attack: str, out: Path) -> list[Path]:
                 through = "_sum" if whose == SUM else ""
                 name = f"{folder.path.name}_round_{round:05d}_client_{client:05d}_image_{image}{through}"
                 about = f"by {attack} from client {client}{' in a sum' * bool(through)} in round {round} of {folder.path.name}"
-                made += draw_trace(trace, truth, out / name, about, at=at)
+                made += draw_trace(trace, truth, out / name, about, at=at, formats=formats)
     return made
 
 

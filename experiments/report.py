@@ -78,23 +78,13 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
     if not len(leaks):
         raise ValueError(f"{where}: nothing was attacked, so there is no leak to report; fedsim attack RUN attack=NAME")
     text, configs = of_text(folders), {str(folder.path): folder.config for folder in folders}
-    leaks = leaks.assign(
-        kind=leaks["defense"].str.removesuffix(KNOWING),
-        contender=leaks["run"].map(lambda run: contender(configs[run])),
-        under=leaks["run"].map(lambda run: conditions(configs[run])),
-        bare=leaks["run"].map(lambda run: without_defense(configs[run])),
-        score=leaks["token_accuracy"]
-        if text
-        else leaks["psnr_db"].clip(upper=PERFECT).fillna(0.0),  # what is no number is as far off as can be
-    )
+    leaks, ranking = ranked(folders, leaks)
     grouped = _by_contender(folders)
     contenders = [_contender(name, of, rounds) for name, of in grouped.items()]
-    points, ranking = [], []
+    points = []
     album = _Album({str(folder.path): folder for folder in folders}, text, blur)
     for (kind, attack), of in leaks.groupby(["kind", "attack"], sort=False):
         points += _points(str(kind), str(attack), of, rounds, album)
-        ranking.append(_ranked(str(kind), str(attack), of, leaks[leaks["attack"] == attack]))
-    ranking.sort(key=lambda row: (row["attack"], row["strongest"], row["score"]))
     gallery = [
         {"kind": kind, "attack": attack, "victims": _gallery(of, leaks[leaks["attack"] == attack], album)}
         for (kind, attack), of in leaks.groupby(["kind", "attack"], sort=False)
@@ -141,6 +131,25 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
 def _section(key: str, title: str, table: Summary) -> Row:
     """A section of the page that is a table, at report.html#`key`."""
     return {"id": key, "section": title} | asdict(table)
+
+
+def ranked(folders: Sequence[RunFolder], leaks: pd.DataFrame) -> tuple[pd.DataFrame, list[Row]]:
+    """These leaks with what tells victims and defenses apart, and a line for each defense and attack, the least leak first."""
+    configs = {str(folder.path): folder.config for folder in folders}
+    leaks = leaks.assign(
+        kind=leaks["defense"].str.removesuffix(KNOWING),
+        contender=leaks["run"].map(lambda run: contender(configs[run])),
+        under=leaks["run"].map(lambda run: conditions(configs[run])),
+        bare=leaks["run"].map(lambda run: without_defense(configs[run])),
+        score=leaks["token_accuracy"]
+        if of_text(folders)
+        else leaks["psnr_db"].clip(upper=PERFECT).fillna(0.0),  # what is no number is as far off as can be
+    )
+    lines = [
+        _ranked(str(kind), str(attack), of, leaks[leaks["attack"] == attack])
+        for (kind, attack), of in leaks.groupby(["kind", "attack"], sort=False)
+    ]
+    return leaks, sorted(lines, key=lambda row: (row["attack"], row["strongest"], row["score"]))
 
 
 def _by_contender(folders: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:

@@ -22,6 +22,7 @@ from experiments import scoring
 from experiments.card import GUESS, card, defended, guarantee_of, images_behind, obstacles
 from experiments.config import Config, ConfigError, build_checked, contender, label
 from experiments.progress import Progress, console
+from experiments.tracking import Tracking, tracked
 from fedsim import federation
 from fedsim.accounting import reconstruction_bound
 from fedsim.cohort import cohort_of
@@ -52,6 +53,8 @@ def check_config(config: Config) -> None:
     for group in ("federation", "partition", "server", "defense", "inspect", "aggregation", "engine", "tap", "evaluate"):
         if group in config:  # folders of earlier versions have no server, no inspect and no aggregation
             build_checked(group, config[group])
+    if config.get("tracker"):
+        build_checked("tracker", config["tracker"])
     attack = attack_of(config)
     check_reads(attack, config["choices"]["attack"], config)
     if attack is None and config["choices"]["attack"] != "none":
@@ -218,7 +221,8 @@ def _go(
     tap: Tap = build_checked("tap", config["tap"])
     mine = _attackers(setup, config) if attack else []
     done = 0 if checkpoint is None else checkpoint.round
-    with _logged(folder.path / "log.txt"), Progress(config["rounds"], done) as progress:
+    log = _logged(folder.path / "log.txt")
+    with log, tracked(setup, folder) as track, Progress(config["rounds"], done) as progress:
         for line in mended:
             logging.getLogger("fedsim").warning(line)
             console.print(f"  {line}", style="yellow", markup=False)
@@ -226,11 +230,13 @@ def _go(
         def listen(seen: list[Observation]) -> None:
             folder.save_observations(seen)
             for attacker in mine if tap.when == "live" else ():
-                progress.leaks(_attack(setup, folder, attacker, seen, progress))
+                progress.leaks(_attack(setup, folder, attacker, seen, progress, track))
 
         def after(report: Round, state: Checkpoint) -> None:
-            folder.add("rounds", [dataclasses.asdict(report) | spent(setup, report.round)])
+            row = dataclasses.asdict(report) | spent(setup, report.round)
+            folder.add("rounds", [row])
             folder.save_checkpoint(state)
+            track.rounds([row])
             progress.round(report)
 
         if checkpoint is None or checkpoint.round < config["rounds"]:
@@ -250,7 +256,7 @@ def _go(
             # Of rows that were lost, each round is attacked by itself, as it was when it was live.
             for rounds in ([round] for round in left) if tap.when == "live" else [left] if left else []:
                 seen = [one for round in rounds for one in folder.observations(round)]
-                progress.leaks(_attack(setup, folder, attacker, seen, progress))
+                progress.leaks(_attack(setup, folder, attacker, seen, progress, track))
     console.print(f"  {progress.leak()}; {folder.path}" if attack else f"  trained, not attacked yet; {folder.path}")
 
 
@@ -268,8 +274,8 @@ def attack_together(folders: Sequence[RunFolder]) -> None:
             for attacker in _attackers(setup, folder.config):
                 seen = [one for round in _unattacked(folder, attacker) for one in folder.observations(round)]
                 if attacker.adaptive or isinstance(attacker.attack, Escalation):  # whose members draw from streams of their own
-                    with _logged(folder.path / "log.txt"):
-                        progress.leaks(_attack(setup, folder, attacker, seen, progress) if seen else [])
+                    with _logged(folder.path / "log.txt"), tracked(setup, folder) as track:
+                        progress.leaks(_attack(setup, folder, attacker, seen, progress, track) if seen else [])
                 elif seen:
                     naive.append((setup, folder, attacker, seen))
         if naive:
@@ -279,7 +285,8 @@ def attack_together(folders: Sequence[RunFolder]) -> None:
                 [(setup, seen) for setup, _, _, seen in naive], naive[0][2].attack, progress.attacking
             )
             for (setup, folder, attacker, seen), made in zip(naive, found, strict=True):
-                progress.leaks(_keep(setup, folder, attacker, seen, made))
+                with tracked(setup, folder) as track:
+                    progress.leaks(_keep(setup, folder, attacker, seen, made, track))
             victims = sum(len(seen) for *_, seen in naive)
             told = "%s on %d victims of %d runs: %.1f s"
             logging.getLogger("fedsim").info(told, naive[0][2].name, victims, len(naive), time.perf_counter() - began)
@@ -294,13 +301,15 @@ def attack_again(folder: RunFolder, attack: Any, name: str, who: str = "naive") 
     seen = [one for round in folder.observed_rounds() for one in folder.observations(round)]
     if not seen:
         raise ValueError(f"{folder.path} has captured nothing to attack: run it with tap.every=5 or tap.rounds=[1]")
-    with _logged(folder.path / "log.txt"), Progress(folder.config["rounds"]) as progress:
+    with _logged(folder.path / "log.txt"), tracked(setup, folder) as track, Progress(folder.config["rounds"]) as progress:
         for attacker in attackers(setup, attack, name, who):
-            progress.leaks(_attack(setup, folder, attacker, seen, progress))
+            progress.leaks(_attack(setup, folder, attacker, seen, progress, track))
     console.print(f"  {name}: {progress.leak()}; {folder.path}")
 
 
-def _attack(setup: Setup, folder: RunFolder, attacker: Attacker, seen: Sequence[Observation], progress: Progress) -> list[str]:
+def _attack(
+    setup: Setup, folder: RunFolder, attacker: Attacker, seen: Sequence[Observation], progress: Progress, track: Tracking
+) -> list[str]:
     name, began, seen = attacker.name, time.perf_counter(), _victims(attacker, seen)
     if not seen:
         return []
@@ -308,13 +317,18 @@ def _attack(setup: Setup, folder: RunFolder, attacker: Attacker, seen: Sequence[
         seen = with_history(setup, folder, seen)
     chance = generator(setup.seed, "attack")
     found = scoring.attacked(setup, attacker.attack, seen, chance, progress.attacking, adaptive=attacker.adaptive)
-    verdicts = _keep(setup, folder, attacker, seen, found)
+    verdicts = _keep(setup, folder, attacker, seen, found, track)
     logging.getLogger("fedsim").info("%s on %d victims: %.1f s", name, len(seen), time.perf_counter() - began)
     return verdicts
 
 
 def _keep(
-    setup: Setup, folder: RunFolder, attacker: Attacker, seen: Sequence[Observation], found: Sequence[Reconstruction]
+    setup: Setup,
+    folder: RunFolder,
+    attacker: Attacker,
+    seen: Sequence[Observation],
+    found: Sequence[Reconstruction],
+    track: Tracking,
 ) -> list[str]:
     """Writes down what an attacker made of what was seen, and says how much of it was stolen."""
     rows = scoring.leaks(setup, attacker.name, seen, found, adaptive=attacker.adaptive)
@@ -322,6 +336,7 @@ def _keep(
         pairs = [(one, made) for one, made in zip(seen, found, strict=True) if one.round == round]
         folder.save_reconstructions(attacker.name, [one for one, _ in pairs], [made for _, made in pairs])
     folder.add("leaks", rows)
+    track.leaks(rows)
     return [row["verdict"] for row in rows]
 
 

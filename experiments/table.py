@@ -26,13 +26,18 @@ def written(table: Summary, form: str = "markdown") -> str:
 
 
 def _markdown(table: Summary) -> str:
+    body = markdown_rows(table.columns, table.rows + table.guesses)
+    notes = [text for note in table.notes for text in ("", note)]
+    return "\n".join([table.title, "", *body, *notes, ""])
+
+
+def markdown_rows(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table, its first column to the left and the others to the right."""
+
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(re.sub(r"([\\|<>*_`\[\]])", r"\\\1", cell).replace("\n", "; ") for cell in cells) + " |"
 
-    rule = ["---", *["---:"] * (len(table.columns) - 1)]
-    body = [line(row) for row in table.rows + table.guesses]
-    notes = [text for note in table.notes for text in ("", note)]
-    return "\n".join([table.title, "", line(table.columns), "| " + " | ".join(rule) + " |", *body, *notes, ""])
+    return [line(columns), "| " + " | ".join(["---", *["---:"] * (len(columns) - 1)]) + " |", *map(line, rows)]
 
 
 def _latex(table: Summary) -> str:

@@ -1,4 +1,4 @@
-"""Offline by default: what Flower, Ray and Hugging Face would send or fetch is switched off; a user's own setting wins."""
+"""Offline by default: what Flower, Ray, MLflow and Hugging Face would send or fetch is switched off; a user's own setting wins."""
 
 import os
 
@@ -9,6 +9,7 @@ SWITCHES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
 

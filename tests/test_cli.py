@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from test_config import WRONG
 
 from experiments import cli, invert
+from experiments.canvas import FORMATS
 from experiments.config import compose
 from fedsim.data import load
 from fedsim.models import lenet
@@ -90,6 +91,22 @@ def test_plot_draws_into_the_folder_it_is_given(run, tmp_path, capsys):
     assert fedsim("plot", run, "-o", tmp_path / "figures") == 0
     assert {"accuracy", "leak", "pictures", "partition"} <= figures(tmp_path / "figures")
     assert str(tmp_path / "figures" / "accuracy.png") in capsys.readouterr().out.replace("\n", "")
+
+
+def test_figures_for_a_paper_are_pdf_with_truetype_and_the_same_each_time(run, tmp_path):
+    drawn = []
+    for name in ("one", "two"):
+        assert fedsim("plot", run, "-o", tmp_path / name, "--format", "pdf") == 0
+        files = {path.relative_to(tmp_path / name): path.read_bytes() for path in sorted((tmp_path / name).rglob("*.*"))}
+        assert {"accuracy.pdf", "leak_dlg.pdf", "partition.pdf"} <= {str(path) for path in files}
+        assert {path.suffix for path in files if "traces" not in str(path)} == {".pdf"}
+        assert {data[:5] for path, data in files.items() if path.suffix == ".pdf"} == {b"%PDF-"}
+        drawn.append(files)
+    assert drawn[0] == drawn[1]
+    assert b"/Type3" not in b"".join(drawn[0].values())
+    assert fedsim("plot", run, "-o", tmp_path / "all", "--format", "svg,pdf,png") == 0
+    kinds = [{path.stem for path in (tmp_path / "all").glob(f"*.{form}")} for form in FORMATS]
+    assert kinds[0] == kinds[1] == kinds[2] != set()
 
 
 def test_plot_draws_how_the_worst_and_the_median_leak_came_about_where_that_was_recorded(run, tmp_path):
@@ -313,6 +330,7 @@ WORDS = [
     (["run", "--frobnicate"], "unrecognized arguments: --frobnicate"),
     (["rum"], "invalid choice"),
     (["plot", "/nonexistent"], "holds no run"),
+    (["plot", "/nonexistent", "--format", "png,pfd"], "'pfd': did you mean 'pdf'?"),
     (["attack", "/nonexistent"], "holds no run"),
     (["run", "--resume", "/nonexistent"], "is not a run's folder"),
     (["list", "defences"], "did you mean 'defenses'?"),

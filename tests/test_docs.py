@@ -3,12 +3,17 @@
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from test_data import write_parquet
+
+from experiments.cli import main
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("fedsim", "attacks", "defenses", "experiments", "tests")
@@ -99,12 +104,94 @@ def test_only_the_named_files_import_flower():
     assert users == {*carrying, "engines/deployment.py", "engines/inline.py", "engines/ray.py"}
 
 
-def test_the_python_of_the_readme_runs(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    (tmp_path / "readme.py").write_text("\n".join(blocks))
-    printed = subprocess.run(
-        [sys.executable, "readme.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+# The code of the README and of the tutorial.
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_every_fenced_block_is_of_a_language_that_is_run():
+    for page in ("README.md", "docs/tutorial.md"):
+        found = set(re.findall(r"^```(.+)$", (ROOT / page).read_text(), re.MULTILINE))
+        assert found <= {"python", "sh", "text"}, page  # text is what was printed
+
+
+def pythons_of(page: str, folder: Path) -> str:
+    """What the Python blocks of a page print, as one program in `folder`."""
+    assert blocks(page, "python")
+    (folder / "page.py").write_text("\n".join(blocks(page, "python")))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    printed = subprocess.run([sys.executable, "page.py"], cwd=folder, env=env, capture_output=True, text=True)
     assert printed.returncode == 0, printed.stderr
-    assert "dB" in printed.stdout
+    return printed.stdout
+
+
+def test_the_python_of_the_readme_runs(tmp_path):
+    assert "dB" in pythons_of("README.md", tmp_path)
+
+
+def test_the_tutorial_ends_in_a_verdict_and_a_picture(tmp_path):
+    printed = pythons_of("docs/tutorial.md", tmp_path).splitlines()
+    (told,) = blocks("docs/tutorial.md", "text")
+    # How many the naive attacker gets despite quantization is a matter of luck, and of the machine's rounding.
+    luck = re.compile(r"(?<=levels=16\): it leaks; stolen: naive ).*(?=, adaptive)")
+    assert [luck.sub("", line) for line in printed] == [luck.sub("", line) for line in told.splitlines()]
+    with Image.open(tmp_path / "leak.png") as picture:
+        assert picture.size == (8 * 34 + 2, 5 * 34 + 2)  # eight images a row: the originals, and two rows for each of two defenses
+
+
+# What is added to a line of the README so that it takes seconds: fewer rounds, clients, images and evaluations. Lines that need
+# what an earlier line made find it under the README's own names, which are given here.
+FEW = ["data.train_size=20", "data.test_size=10", "federation.clients=2", "federation.per_round=2", "tap.clients=1"]
+BRIEF = [*FEW, "rounds=1", "tap.rounds=[1]", "attack.evaluations=3"]
+SHORTER = {
+    "fedsim run data=cifar10 federation=fedsgd defense=topk": [*BRIEF, "attacker=naive", "name=NAME"],
+    "fedsim run -m setting=quickstart defense=none,topk,topk_ef": [*BRIEF, "attacker=naive", "name=OTHER"],
+    "fedsim run -m setting=quickstart defense=none,precode": [*BRIEF, "attacker=naive"],
+    "fedsim run --resume": [],
+    "fedsim attack runs/NAME attack=idlg attacker=both": ["attack.evaluations=3", "attack.restarts=1"],
+    "fedsim attack runs/NAME attack=idlg": ["attack.evaluations=3", "attack.restarts=1"],
+    "fedsim study defenses-vs-dlg": [*BRIEF, "attacker=naive", "--workers", "1", "--max-cells", "1"],
+    "fedsim invert": ["attack.evaluations=3"],
+    "fedsim run setting=text": [*FEW, "rounds=1", "tap.rounds=[1]"],
+    "fedsim run server=imprint": [*FEW, "data.train_size=70"],
+    "fedsim run aggregation=secure": ["data.train_size=20", "data.test_size=10", "rounds=1", "attack.evaluations=3"],
+    "fedsim plot": [],
+    "fedsim table": [],
+    "fedsim report": [],
+    "fedsim leaderboard": [],
+    "fedsim list": [],
+    "fedsim doctor": [],
+}
+NOT_RUN = {
+    "git clone": "the copy that is tested is cloned already",
+    "make run": "it sets up .venv anew and runs for ten minutes; its command is the second of SHORTER with other defenses",
+    "make test": "it would run this test",
+    "make lint": "it runs no code of the project",
+    "fedsim deploy": "tests/test_deployment.py starts a SuperLink and SuperNodes, with keys and ports of its own",
+    "fedsim run tracker=": "tests/test_tracking.py does it with both trackers, and reads back what they wrote",
+}
+
+
+def key_of(line: str) -> str:
+    """The entry of a line in SHORTER or NOT_RUN, the longest that it begins with."""
+    found = [key for key in (*SHORTER, *NOT_RUN) if line.startswith(key)]
+    assert found, f"{line!r} of the README is neither run nor left out for a reason: add it to SHORTER or to NOT_RUN"
+    return max(found, key=len)
+
+
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    lines = [line.partition("  #")[0].strip() for block in blocks("README.md", "sh") for line in block.splitlines()]
+    keys = [key_of(line) for line in lines if line]
+    assert set(keys) == {*SHORTER, *NOT_RUN}, "an entry that no line of the README has"
+    write_parquet(tmp_path / "data" / "cifar10")
+    monkeypatch.setenv("FEDSIM_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (48, 40), (200, 90, 30)).save("me.jpg")
+    for line, key in zip(filter(None, lines), keys, strict=True):
+        if key in SHORTER:
+            words = [*shlex.split(line)[1:], *SHORTER[key]]
+            assert main(words) == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"
+    for left in ("runs/NAME/leaks.parquet", "figures/accuracy.png", "report.html", "LEADERBOARD.md"):
+        assert (tmp_path / left).stat().st_size > 0

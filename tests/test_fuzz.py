@@ -26,8 +26,9 @@ from experiments import runner
 from experiments.config import GROUPS, choices, compose
 from fedsim.errors import FederationError
 
-# Ray takes long to start, the other datasets are not everywhere, and a setting is made of the other groups' choices.
+# Ray and MLflow take long to start, the other datasets are not everywhere, and a setting is made of the other groups' choices.
 FIXED = {"engine": ["inline"], "data": ["synthetic", "synthetic", "text"], "setting": ["none"]}
+FIXED["tracker"] = ["none", "tensorboard"]
 LARGE = ("resnet18", "resnet20", "resnet20_dlg")  # they run like the others, and for long
 SMALL = ["data.train_size=24", "data.test_size=40", "federation.clients=3", "federation.per_round=2", "federation.batch_size=2"]
 SMALL += ["rounds=1", "tap.every=1", "tap.clients=1", "device=cpu", "engine.workers=1", "out=nowhere"]
