@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from attacks import GradientMatching, Rehearsed, adapted
+from attacks import GenerativePrior, GradientMatching, adapted
 from attacks.hidden_noise import hidden_noises
 from attacks.metrics import WINDOW
 from experiments import scoring
@@ -114,7 +114,7 @@ def attackers(setup: Setup, attack: Any, name: str, who: str) -> list[Attacker]:
     other = adapted(attack, setup.model(), setup.defense)
     if other is None:
         return [naive]
-    if isinstance(other, Rehearsed) and (images := images_behind(setup)) > len(setup.dataset.test):
+    if not isinstance(other, GenerativePrior) and (images := images_behind(setup)) > len(setup.dataset.test):
         raise ValueError(
             f"an attacker who knows the defense rehearses on as many test images as are in an update, {images}, and there are "
             f"{len(setup.dataset.test)}: raise data.test_size, or take attacker=naive"

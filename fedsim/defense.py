@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,20 @@ class BatchDefense(Protocol):
 
 
 @runtime_checkable
+class Mixing(Protocol):
+    """A defense that trains on mixtures of a batch's images, whose labels it mixes alike.
+
+    reflects  whether it then replaces pixels p by 1 - p in places drawn at random
+    """
+
+    reflects: ClassVar[bool]
+
+    def mixture(self, size: int, rng: torch.Generator) -> Tensor:
+        """(size, size) a draw of how much of each image, a column, is in each mixture, a row; rows add up to 1."""
+        ...
+
+
+@runtime_checkable
 class GradientDefense(Protocol):
     """A defense that computes another gradient than that of the batch's loss."""
 
@@ -65,8 +79,25 @@ def replaces_gradient(defense: object) -> bool:
     """Whether a defense, or one that it is made of, computes another gradient than the batch's."""
     if not isinstance(defense, GradientDefense):
         return False
-    parts = (*getattr(defense, "parts", ()), *([defense.inner] if hasattr(defense, "inner") else []))
+    parts = _parts_of(defense)
     return any(map(replaces_gradient, parts)) if parts else True
+
+
+def mixing_of(defense: object) -> Mixing | None:
+    """The defense, or the last of those it is made of, that mixes images; None if none does."""
+    if isinstance(defense, Mixing):
+        return defense
+    return next((found for part in reversed(_parts_of(defense)) if (found := mixing_of(part))), None)
+
+
+def changes_batch(defense: object) -> bool:
+    """Whether a defense, or one that it is made of, trains on other images than the client's: each time on others."""
+    parts = _parts_of(defense)
+    return any(map(changes_batch, parts)) if parts else isinstance(defense, BatchDefense)
+
+
+def _parts_of(defense: object) -> tuple[object, ...]:
+    return (*getattr(defense, "parts", ()), *([defense.inner] if hasattr(defense, "inner") else []))
 
 
 def hooks_of(defense: object, classes: int, seed: int, round: int, client: int) -> Hooks:

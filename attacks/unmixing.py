@@ -1,0 +1,218 @@
+"""From what a client trained on back to its images, where a known defense mixed them: MixUp, InstaHide.
+
+Gradient matching finds a batch as it was trained on, with its soft labels. These are mixed as the images are, so they tell the
+weights: with B labels of B classes the mixture (B, B) is their matrix. Labels that repeat tell sums of weights only; then the
+defense, which whoever knows it can run, says how they may be split. Linear mixtures are solved for. Of a reflected pixel,
+p or 1 - p, what is left is |2 p - 1| (Carlini et al. 2021), and which way round it was is chosen for the smoothest images.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from attacks.batching import streams
+from attacks.evidence import views
+from attacks.labels import labels_at
+from attacks.metrics import match
+from fedsim.defense import Mixing, mixing_of
+from fedsim.observation import Attack, Knowledge, Observation, Reconstruction
+
+PRESENT = 0.25  # images' worth of a class, from which on it is taken to be in the batch: each of its images has about 1
+AS_NEAR = 0.02  # mean squared distance from the soft labels up to which draws of a mixture are told apart by the images alone
+SINGULAR = 1e-3  # determinant of a mixture that loses an image
+ERROR = 3e-3  # variance of a reconstruction's error, in that of images
+FIT = 50.0  # what a squared error weighs beside an absolute difference of neighbours
+MOST = 4  # images whose signs are looked for together: 2^4 choices for each pixel
+
+
+@dataclass(frozen=True)
+class Unmixed:
+    """What `attack` reconstructs of a batch, with the mixing of a known defense undone.
+
+    Each message is of mixtures of its own. Those that a client sent of the same images (`known.same_images`) are reconstructed one
+    by one, and solved for the images together. Left as they are: updates of several local steps, each with a mixture of its own,
+    and reflected batches of more than 4 images. Nothing tells a reflected batch from its negative; the one whose pixels are more
+    like those of public images is taken.
+
+    Threat model: that of `attack`, of an attacker who also knows the clients' defense (`known.defense`).
+
+    attack  reconstructs what was trained on, with soft labels
+    draws   mixtures that the defense is asked for where labels repeat
+    """
+
+    attack: Attack
+    draws: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"draws must be >= 1, got {self.draws}")
+
+    def __call__(
+        self,
+        seen: Sequence[Observation],
+        known: Knowledge,
+        model: nn.Module,
+        rng: torch.Generator,
+        *,
+        report: Callable[[int, int], None] | None = None,
+    ) -> list[Reconstruction]:
+        """One reconstruction for each observation, in order. ValueError without a defense that mixes."""
+        mixing = mixing_of(known.defense)
+        if mixing is None:
+            raise ValueError(f"an attack that undoes mixing needs known.defense, one that mixes images, got {known.defense!r}")
+        seed = int(torch.randint(2**62, (), generator=rng))
+        each = [views(one, replace(known, defense=None)) for one in seen]
+        labels = None if known.labels is None else [y for y, own in zip(known.labels, each, strict=True) for _ in own]
+        told = replace(known, labels=labels)
+        made = iter(self.attack([view for own in each for view in own], told, model, rng, report=report))
+        found = []
+        for own, chance in zip(each, streams(seen, seed, "mixtures"), strict=True):
+            batches = [next(made) for _ in own]
+            if (known.local_steps or 1) > 1 or (mixing.reflects and len(batches[-1].images) > MOST):
+                found.append(batches[-1])
+                continue
+            soft = [
+                labels_at(view, known, model, one.images)[1] if one.probabilities is None else one.probabilities
+                for view, one in zip(own, batches, strict=True)
+            ]
+            images, hard = unmixed(mixing, [one.images for one in batches], soft, chance, known, self.draws)
+            starts = batches[-1].starts.clone()
+            starts[batches[-1].losses.argmin()] = images
+            spent, seconds = sum(one.evaluations for one in batches), sum(one.seconds for one in batches)
+            name = f"{batches[-1].attack} unmixed".strip()
+            found.append(
+                replace(
+                    batches[-1], images=images, labels=hard, starts=starts, evaluations=spent, seconds=seconds, attack=name,
+                    probabilities=None, certain=None,
+                )
+            )  # fmt: skip
+        return found
+
+
+def unmixed(
+    mixing: Mixing, batches: Sequence[Tensor], soft: Sequence[Tensor], rng: torch.Generator, known: Knowledge, draws: int = 2000
+) -> tuple[Tensor, Tensor]:
+    """Images (B, C, H, W) in [0, 1] and labels (B,) behind one or several batches of mixtures of them.
+
+    batches  each (B, C, H, W), in any order
+    soft     their label probabilities, each (B, K)
+    """
+    undo = _unfolded if mixing.reflects else _solved
+    told = [_mixture(mixing, 2 * z - 1, q, rng, draws) for z, q in zip(batches, soft, strict=True)]
+    alone = [undo(weights, 2 * z - 1) for (weights, _, _), z in zip(told, batches, strict=True)]
+    # Where labels do not say which image is which of another message, likeness does; the best conditioned mixture comes first.
+    first = max(range(len(told)), key=lambda i: float(torch.linalg.svdvals(told[i][0]).min()))
+    weights, labels, mixtures = [], told[first][1], []
+    for (mixture, own, distinct), image, z in zip(told, alone, batches, strict=True):
+        if distinct and torch.equal(own, labels):
+            order = torch.arange(len(own), device=z.device)
+        else:
+            fold = (lambda t: t.abs()) if mixing.reflects else (lambda t: (t + 1) / 2)
+            found, places = match(fold(image), fold(alone[first]))
+            order = torch.empty_like(found).index_copy(0, places, found)
+        weights.append(mixture[:, order])
+        mixtures.append(2 * z - 1)
+    together = undo(torch.cat(weights), torch.cat(mixtures)) if len(batches) > 1 else alone[0]
+    if mixing.reflects and known.public is not None:
+        usual = known.public.pixels.float().mean(0).to(together) / 127.5 - 1
+        together = together if float((together * usual).sum()) >= 0 else -together
+    return ((together + 1) / 2).clamp(0, 1), labels
+
+
+def _mixture(mixing: Mixing, z: Tensor, q: Tensor, rng: torch.Generator, draws: int) -> tuple[Tensor, Tensor, bool]:
+    """(B, B) how much of each image is in each mixture, (B,) the images' labels, and whether these are all different.
+
+    z  (B, C, H, W) the mixtures, in [-1, 1]
+    q  (B, K) their label probabilities
+    """
+    size, q = len(z), q.double()
+    present = (q.sum(0) > PRESENT).nonzero().squeeze(1)
+    present = q.sum(0).topk(size).indices.sort().values if len(present) > size else present
+    q = q[:, present] / q[:, present].sum(1, keepdim=True)
+    if len(present) == size:
+        return q.to(z), present, True
+    tried = torch.stack([mixing.mixture(size, rng) for _ in range(draws)]).to(q)
+    classes = torch.linalg.lstsq(tried + 1e-3 * torch.eye(size).to(q), q.expand(draws, -1, -1)).solution.argmax(-1)
+    whose = one_hot(classes, len(present)).to(q)  # (draws, B, classes)
+    far = (tried @ whose - q).square().mean((1, 2))
+    near = (far <= far.min() + AS_NEAR).nonzero().squeeze(1)
+    # The labels say how much of each class there is, and the draw how that is shared by the images of the class.
+    shares = tried[near] / (tried[near] @ whose[near]).clamp(min=1e-6).gather(2, classes[near][:, None].expand(-1, size, -1))
+    fitted = shares * q.gather(1, classes[near].flatten().expand(size, -1)).reshape(size, len(near), size).transpose(0, 1)
+    best = far[near].argmin() if mixing.reflects else torch.stack([_unlikely(one, z) for one in fitted]).argmin()
+    return fitted[best].to(z), present[classes[near[best]]], False
+
+
+def _unlikely(weights: Tensor, z: Tensor) -> Tensor:
+    """Minus the log-likelihood, by pixel, of these weights of mixtures z, up to a constant; inf where they lose an image.
+
+    Differences of neighbouring pixels of photographs have Laplace distributions, and are independent from image to image: the
+    density of independent component analysis (Bell & Sejnowski 1995).
+    """
+    size = torch.linalg.det(weights).abs()
+    if size < SINGULAR:
+        return torch.full_like(size, torch.inf)
+    x = torch.einsum("ij,jchw->ichw", torch.linalg.inv(weights), z.double())
+    steps = (x[..., 1:, :] - x[..., :-1, :]).abs().flatten(1).mean(1) + (x[..., 1:] - x[..., :-1]).abs().flatten(1).mean(1)
+    return size.log() + steps.log().sum()
+
+
+def _solved(weights: Tensor, z: Tensor) -> Tensor:
+    """(B, C, H, W) images of M mixtures by weights (M, B): least squares, with what they leave open taken from the mean mixture."""
+    a, mean = weights.double(), z.double().mean(0)
+    off = torch.einsum("mb,mchw->bchw", a, z.double() - mean)
+    inverse = torch.linalg.inv(a.T @ a + ERROR * torch.eye(a.shape[1]).to(a))
+    return (mean + torch.einsum("ab,bchw->achw", inverse, off)).to(z)
+
+
+def _unfolded(weights: Tensor, z: Tensor) -> Tensor:
+    """(B, C, H, W) images in [-1, 1] of M reflected mixtures by weights (M, B), up to their negative: all signs turned at once.
+
+    Of a pixel the magnitudes m of its mixtures are known. Each choice of signs for B of them gives the pixel of all images; those
+    that are out of range, or do not explain the other mixtures, are unlikely, and so are those unlike their neighbours'.
+    """
+    rows, m = weights.double(), z.double().abs()
+    size = rows.shape[1]
+    base = max(range(0, len(rows), size), key=lambda i: float(torch.linalg.svdvals(rows[i : i + size]).min()))
+    signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=size))).to(rows)
+    chosen = signs[:, :, None, None, None] * m[base : base + size]  # (S, B, C, H, W)
+    states = torch.stack([_solved(rows[base : base + size], one) for one in chosen])
+    misfit = (torch.einsum("mb,sbchw->smchw", rows, states).abs() - m).square().sum(1)
+    outside = (states - states.clamp(-1, 1)).square().sum(1)
+    best = _smoothest(states, FIT * (misfit + outside))  # (C, H, W)
+    x = states.gather(0, best.expand(1, size, *best.shape)).squeeze(0)
+    side = torch.einsum("mb,bchw->mchw", rows, x).sign()
+    return _solved(rows, side * m).to(z)
+
+
+def _smoothest(states: Tensor, cost: Tensor, rounds: int = 48) -> Tensor:
+    """(C, H, W) the state of each pixel, so that costs (S, C, H, W) and absolute differences of neighbours are small together.
+
+    Neighbours are those of a pixel in its plane, and itself in the next colour. Min-sum belief propagation. What is as good turned
+    into its negative everywhere is decided in one place.
+
+    states  (S, B, C, H, W) values of B images
+    """
+    cost = cost.clone()
+    brightest = int(states.abs().sum((0, 1)).argmax())
+    cost.flatten(1)[:, brightest] += torch.where(states.sum(1).flatten(1)[:, brightest] < 0, 1.0, 0.0)
+    ways = [(axis, step) for axis in (2, 3, 1) for step in (1, -1)]  # of (S, C, H, W)
+    far, inside = [], []
+    for axis, step in ways:
+        before = states.roll(step, axis + 1)
+        far.append((states[:, None] - before[None]).abs().clamp(max=1).sum(2))  # (to, from, C, H, W)
+        edge = torch.ones_like(cost[:1])
+        edge.select(axis, 0 if step == 1 else -1).zero_()
+        inside.append(edge)
+    told = [torch.zeros_like(cost) for _ in ways]
+    for _ in range(rounds):
+        belief = cost + torch.stack(told).sum(0)
+        passed = [(belief - told[i ^ 1]).roll(step, axis) for i, (axis, step) in enumerate(ways)]
+        heard = [(far[i] + one[None]).amin(1) for i, one in enumerate(passed)]
+        heard = [(one - one.amin(0)) * edge for one, edge in zip(heard, inside, strict=True)]
+        told = [(old + new) / 2 for old, new in zip(told, heard, strict=True)]
+    return (cost + torch.stack(told).sum(0)).argmin(0)
