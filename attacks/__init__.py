@@ -32,7 +32,7 @@ from attacks.rgap import RGAP
 from attacks.spear import SPEAR
 from attacks.terms import CosineGap, GaussianGap, OutOfRange, SquaredAndAbsoluteGap, SquaredGap, SquaredPixels, TotalVariation
 from attacks.text import BagOfTokens, SpanCheck, TextMatching
-from attacks.unmixing import Unmixed
+from attacks.unmixing import Undone, Unmixed
 
 __all__ = [
     "LBFGS",
@@ -60,6 +60,7 @@ __all__ = [
     "Stop",
     "TextMatching",
     "TotalVariation",
+    "Undone",
     "Unmixed",
     "Unsupported",
     "Where",

@@ -21,8 +21,8 @@ from attacks.hidden_noise import hidden_noises
 from attacks.matching import GradientMatching, Plan, Problems, in_chunks
 from attacks.optimizers import Stop
 from attacks.terms import CosineGap, TotalVariation
-from attacks.unmixing import Unmixed
-from fedsim.defense import Defense, State, hooks_of, mixing_of
+from attacks.unmixing import Undone, Unmixed
+from fedsim.defense import Defense, Mixing, Reversible, State, batch_parts, hooks_of
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction
 from fedsim.seeding import generator
 from fedsim.training import Batch, local_update
@@ -253,13 +253,19 @@ def adapted(attack: Attack, model: nn.Module, defense: object) -> Attack | None:
     Gradient matching is rehearsed with total variation of several weights, and does not stop at a small gap, which a defense may
     leave at other images too. Where the defense hides the length of an update, a gap that ignores it is rehearsed as well, from
     grey; where the model draws at random, leaving out what stands behind the draw, and looking for the draw. Where the defense
-    mixes images, soft labels are looked for, and the mixing is undone; where it reflects pixels, |2 p - 1| is what varies little.
-    Of an escalation each attack is adapted. A search among a generator's images knows the defense by `known.defense` alone.
+    mixes images, soft labels are looked for; where it reflects pixels, |2 p - 1| is what varies little. What it did to the images
+    is then undone. Of an escalation each attack is adapted. A search among a generator's images knows the defense by
+    `known.defense` alone.
     """
     other = _informed(attack, model, defense)
     if other is None or isinstance(other, GenerativePrior):
         return other
-    return Unmixed(other) if mixing_of(defense) else other
+    for part in reversed(batch_parts(defense)):  # what was done last is undone first
+        if isinstance(part, Reversible):
+            other = Undone(other, part)
+        elif isinstance(part, Mixing):
+            return Unmixed(other, part)
+    return other
 
 
 def _informed(attack: Attack, model: nn.Module, defense: object) -> Attack | None:
@@ -272,10 +278,10 @@ def _informed(attack: Attack, model: nn.Module, defense: object) -> Attack | Non
         return replace(attack, attack=_informed(attack.attack, model, defense) or attack.attack)
     if not isinstance(attack, GradientMatching):
         return None
-    mixing = mixing_of(defense)
+    mixing = [part for part in batch_parts(defense) if isinstance(part, Mixing)]
     if mixing:
         attack = replace(attack, labels="joint", init="grey" if attack.init == "normal" else attack.init)
-    weights = [TotalVariation(weight, reflected=mixing is not None and mixing.reflects) for weight in WEIGHTS]
+    weights = [TotalVariation(weight, reflected=any(part.reflects for part in mixing)) for weight in WEIGHTS]
     others = tuple(prior for prior in attack.priors if not isinstance(prior, TotalVariation))
     ways: dict[str, GradientMatching] = {"": attack}
     if hidden_noises(model):

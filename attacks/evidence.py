@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedsim.defense import Belief, Beliefs, beliefs_of, changes_batch
+from fedsim.defense import Belief, Beliefs, batch_parts, beliefs_of
 from fedsim.observation import Knowledge, Observation, Reconstruction
 from fedsim.training import batch_loss
 from fedsim.updates import Update
@@ -32,7 +32,7 @@ def views(seen: Observation, known: Knowledge) -> list[Observation]:
     Not where a known defense trained on something else each time.
     """
     found = [seen]
-    while known.same_images and not changes_batch(known.defense) and found[0].previous is not None:
+    while known.same_images and not batch_parts(known.defense) and found[0].previous is not None:
         found.insert(0, found[0].previous)
     return found
 

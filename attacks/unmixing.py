@@ -1,4 +1,4 @@
-"""From what a client trained on back to its images, where a known defense mixed them: MixUp, InstaHide.
+"""From what a client trained on back to its images, where a known defense mixed them (MixUp, InstaHide) or transformed them (ATS).
 
 Gradient matching finds a batch as it was trained on, with its soft labels. These are mixed as the images are, so they tell the
 weights: with B labels of B classes the mixture (B, B) is their matrix. Labels that repeat tell sums of weights only; then the
@@ -18,7 +18,7 @@ from attacks.batching import streams
 from attacks.evidence import views
 from attacks.labels import labels_at
 from attacks.metrics import match
-from fedsim.defense import Mixing, mixing_of
+from fedsim.defense import Mixing, Reversible
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction
 
 PRESENT = 0.25  # images' worth of a class, from which on it is taken to be in the batch: each of its images has about 1
@@ -38,13 +38,15 @@ class Unmixed:
     and reflected batches of more than 4 images. Nothing tells a reflected batch from its negative; the one whose pixels are more
     like those of public images is taken.
 
-    Threat model: that of `attack`, of an attacker who also knows the clients' defense (`known.defense`).
+    Threat model: that of `attack`, of an attacker who also knows the clients' defense.
 
     attack  reconstructs what was trained on, with soft labels
-    draws   mixtures that the defense is asked for where labels repeat
+    mixing  the defense, or the part of it that mixes
+    draws   mixtures that it is asked for where labels repeat
     """
 
     attack: Attack
+    mixing: Mixing
     draws: int = 2000
 
     def __post_init__(self) -> None:
@@ -60,10 +62,7 @@ class Unmixed:
         *,
         report: Callable[[int, int], None] | None = None,
     ) -> list[Reconstruction]:
-        """One reconstruction for each observation, in order. ValueError without a defense that mixes."""
-        mixing = mixing_of(known.defense)
-        if mixing is None:
-            raise ValueError(f"an attack that undoes mixing needs known.defense, one that mixes images, got {known.defense!r}")
+        """One reconstruction for each observation, in order."""
         seed = int(torch.randint(2**62, (), generator=rng))
         each = [views(one, replace(known, defense=None)) for one in seen]
         labels = None if known.labels is None else [y for y, own in zip(known.labels, each, strict=True) for _ in own]
@@ -72,25 +71,56 @@ class Unmixed:
         found = []
         for own, chance in zip(each, streams(seen, seed, "mixtures"), strict=True):
             batches = [next(made) for _ in own]
-            if (known.local_steps or 1) > 1 or (mixing.reflects and len(batches[-1].images) > MOST):
+            if (known.local_steps or 1) > 1 or (self.mixing.reflects and len(batches[-1].images) > MOST):
                 found.append(batches[-1])
                 continue
             soft = [
                 labels_at(view, known, model, one.images)[1] if one.probabilities is None else one.probabilities
                 for view, one in zip(own, batches, strict=True)
             ]
-            images, hard = unmixed(mixing, [one.images for one in batches], soft, chance, known, self.draws)
-            starts = batches[-1].starts.clone()
-            starts[batches[-1].losses.argmin()] = images
+            images, hard = unmixed(self.mixing, [one.images for one in batches], soft, chance, known, self.draws)
             spent, seconds = sum(one.evaluations for one in batches), sum(one.seconds for one in batches)
-            name = f"{batches[-1].attack} unmixed".strip()
-            found.append(
-                replace(
-                    batches[-1], images=images, labels=hard, starts=starts, evaluations=spent, seconds=seconds, attack=name,
-                    probabilities=None, certain=None,
-                )
-            )  # fmt: skip
+            whole = replace(batches[-1], labels=hard, evaluations=spent, seconds=seconds, probabilities=None, certain=None)
+            found.append(_instead(whole, images))
         return found
+
+
+@dataclass(frozen=True)
+class Undone:
+    """What `attack` reconstructs of a batch, with the transformation of its images by a known defense undone.
+
+    Left as they are: updates of several local steps, which may have transformed the same image in several ways.
+
+    Threat model: that of `attack`, of an attacker who also knows the clients' defense.
+
+    attack     reconstructs what was trained on
+    transform  the defense, or the part of it that transforms images
+    """
+
+    attack: Attack
+    transform: Reversible
+
+    def __call__(
+        self,
+        seen: Sequence[Observation],
+        known: Knowledge,
+        model: nn.Module,
+        rng: torch.Generator,
+        *,
+        report: Callable[[int, int], None] | None = None,
+    ) -> list[Reconstruction]:
+        """One reconstruction for each observation, in order."""
+        found = self.attack(seen, known, model, rng, report=report)
+        if (known.local_steps or 1) > 1:
+            return found
+        return [_instead(one, self.transform.undone(one.images)) for one in found]
+
+
+def _instead(one: Reconstruction, images: Tensor) -> Reconstruction:
+    """A reconstruction with other images in the place of those it reports."""
+    starts = one.starts.clone()
+    starts[one.losses.argmin()] = images
+    return replace(one, images=images, starts=starts, attack=f"{one.attack}, undone".removeprefix(", "))
 
 
 def unmixed(

@@ -19,7 +19,7 @@ from fedsim.defense import (
     Guarantee,
     Private,
     State,
-    mixing_of,
+    mixes,
     replaces_gradient,
 )
 from fedsim.training import Batch, batch_gradients
@@ -119,7 +119,7 @@ class Chain:
 
     def guarantee(self, exposures: Sequence[Exposure]) -> Guarantee | None:
         """The strongest of its parts': what comes after is post-processing, what comes before part of the data's function."""
-        mixed = mixing_of(self) is not None
+        mixed = mixes(self)
         found = [made for part in self.parts if isinstance(part, Private) and (made := part.guarantee(exposures)) is not None]
         # One image in several mixtures has several clipped gradients, and no proof.
         found = [made for made in found if made.unit == "client" or not mixed]

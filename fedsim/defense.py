@@ -58,6 +58,15 @@ class Mixing(Protocol):
 
 
 @runtime_checkable
+class Reversible(Protocol):
+    """A defense that trains on images which it transformed in ways that can be run backwards."""
+
+    def undone(self, images: Tensor) -> Tensor:
+        """The likely originals (B, C, H, W) of transformed images (B, C, H, W), as far as they are left in them."""
+        ...
+
+
+@runtime_checkable
 class GradientDefense(Protocol):
     """A defense that computes another gradient than that of the batch's loss."""
 
@@ -83,17 +92,17 @@ def replaces_gradient(defense: object) -> bool:
     return any(map(replaces_gradient, parts)) if parts else True
 
 
-def mixing_of(defense: object) -> Mixing | None:
-    """The defense, or the last of those it is made of, that mixes images; None if none does."""
-    if isinstance(defense, Mixing):
-        return defense
-    return next((found for part in reversed(_parts_of(defense)) if (found := mixing_of(part))), None)
-
-
-def changes_batch(defense: object) -> bool:
-    """Whether a defense, or one that it is made of, trains on other images than the client's: each time on others."""
+def batch_parts(defense: object) -> tuple[BatchDefense, ...]:
+    """The defense, or those of its parts in their order, that train on other images than the client's, each time on others."""
     parts = _parts_of(defense)
-    return any(map(changes_batch, parts)) if parts else isinstance(defense, BatchDefense)
+    if parts:
+        return tuple(found for part in parts for found in batch_parts(part))
+    return (defense,) if isinstance(defense, BatchDefense) else ()
+
+
+def mixes(defense: object) -> bool:
+    """Whether a defense, or one that it is made of, mixes images."""
+    return any(isinstance(part, Mixing) for part in batch_parts(defense))
 
 
 def _parts_of(defense: object) -> tuple[object, ...]:
