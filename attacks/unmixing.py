@@ -34,9 +34,9 @@ class Unmixed:
     """What `attack` reconstructs of a batch, with the mixing of a known defense undone.
 
     Each message is of mixtures of its own. Those that a client sent of the same images (`known.same_images`) are reconstructed one
-    by one, and solved for the images together. Left as they are: updates of several local steps, each with a mixture of its own,
-    and reflected batches of more than 4 images. Nothing tells a reflected batch from its negative; the one whose pixels are more
-    like those of public images is taken.
+    by one, and solved for the images together. Nothing tells a reflected batch from its negative; the one whose pixels are more
+    like those of public images is taken. Left as they are: updates of several local steps or clients, each with a mixture of its
+    own, reflected batches of more than 4 images, and a search that diverged.
 
     Threat model: that of `attack`, of an attacker who also knows the clients' defense.
 
@@ -71,7 +71,9 @@ class Unmixed:
         found = []
         for own, chance in zip(each, streams(seen, seed, "mixtures"), strict=True):
             batches = [next(made) for _ in own]
-            if (known.local_steps or 1) > 1 or (self.mixing.reflects and len(batches[-1].images) > MOST):
+            several = (known.local_steps or 1) > 1 or bool(own[-1].summed)
+            large = self.mixing.reflects and len(batches[-1].images) > MOST
+            if several or large or not all(bool(one.images.isfinite().all()) for one in batches):
                 found.append(batches[-1])
                 continue
             soft = [
@@ -132,21 +134,19 @@ def unmixed(
     soft     their label probabilities, each (B, K)
     """
     undo = _unfolded if mixing.reflects else _solved
-    told = [_mixture(mixing, 2 * z - 1, q, rng, draws) for z, q in zip(batches, soft, strict=True)]
-    alone = [undo(weights, 2 * z - 1) for (weights, _, _), z in zip(told, batches, strict=True)]
-    # Where labels do not say which image is which of another message, likeness does; the best conditioned mixture comes first.
+    signed = [2 * z - 1 for z in batches]
+    told = [_mixture(mixing, z, q, rng, draws) for z, q in zip(signed, soft, strict=True)]
+    # The best conditioned mixture gives the order of the images.
     first = max(range(len(told)), key=lambda i: float(torch.linalg.svdvals(told[i][0]).min()))
-    weights, labels, mixtures = [], told[first][1], []
-    for (mixture, own, distinct), image, z in zip(told, alone, batches, strict=True):
-        if distinct and torch.equal(own, labels):
-            order = torch.arange(len(own), device=z.device)
-        else:
-            fold = (lambda t: t.abs()) if mixing.reflects else (lambda t: (t + 1) / 2)
-            found, places = match(fold(image), fold(alone[first]))
-            order = torch.empty_like(found).index_copy(0, places, found)
-        weights.append(mixture[:, order])
-        mixtures.append(2 * z - 1)
-    together = undo(torch.cat(weights), torch.cat(mixtures)) if len(batches) > 1 else alone[0]
+    together, (_, labels, _) = undo(told[first][0], signed[first]), told[first]
+    weights = []
+    for (mixture, own, distinct), z in zip(told, signed, strict=True):
+        if not (distinct and torch.equal(own, labels)):  # where labels do not say which image is which, likeness does
+            found, places = match(*(t.abs() if mixing.reflects else (t + 1) / 2 for t in (undo(mixture, z), together)))
+            mixture = mixture[:, torch.empty_like(found).index_copy(0, places, found)]
+        weights.append(mixture)
+    if len(batches) > 1:
+        together = undo(torch.cat(weights), torch.cat(signed))
     if mixing.reflects and known.public is not None:
         usual = known.public.pixels.float().mean(0).to(together) / 127.5 - 1
         together = together if float((together * usual).sum()) >= 0 else -together
@@ -160,9 +160,10 @@ def _mixture(mixing: Mixing, z: Tensor, q: Tensor, rng: torch.Generator, draws: 
     q  (B, K) their label probabilities
     """
     size, q = len(z), q.double()
-    present = (q.sum(0) > PRESENT).nonzero().squeeze(1)
-    present = q.sum(0).topk(size).indices.sort().values if len(present) > size else present
-    q = q[:, present] / q[:, present].sum(1, keepdim=True)
+    mass = q.sum(0)
+    present = (mass >= mass.max().clamp(max=PRESENT)).nonzero().squeeze(1)
+    present = mass.topk(size).indices.sort().values if len(present) > size else present
+    q = q[:, present] / q[:, present].sum(1, keepdim=True).clamp(min=1e-6)
     if len(present) == size:
         return q.to(z), present, True
     tried = torch.stack([mixing.mixture(size, rng) for _ in range(draws)]).to(q)

@@ -15,8 +15,10 @@
     python benchmarks/claims.py gan              DLG beside the GAN it was compared with, in colour and in grey (Zhu et al. 2019)
     python benchmarks/claims.py batch-sizes      PSNR of 1 to 16 images on the McMahan CNN (initialization study)
     python benchmarks/claims.py rounds           noise on 1, 4 and 16 updates of the same image, by who knows of it
+    python benchmarks/claims.py undoing          MixUp, InstaHide, ATS undone where all that was trained on is known
     python benchmarks/claims.py mixup            mixtures, undone by their soft labels
     python benchmarks/claims.py instahide        mixtures with pixels reflected at random, undone (Carlini et al. 2021)
+    python benchmarks/claims.py ats              transformed images, their policy run backwards
     python benchmarks/claims.py budget           thefts by who knows the defense, and after twice as many evaluations
     python benchmarks/claims.py resolution       16, 32 and 64 pixels a side for as many evaluations (Zhu et al. 2019)
 
@@ -38,7 +40,8 @@ from torch import Tensor, nn
 
 import attacks
 from attacks import Adam, CosineGap, GaussianGap, GradientMatching, SquaredGap, Stop, metrics
-from defenses import GaussianNoise, InstaHide, MixUp, StochasticQuantization, TopK, UniformQuantization
+from attacks.unmixing import unmixed
+from defenses import ATS, GaussianNoise, InstaHide, MixUp, StochasticQuantization, TopK, UniformQuantization
 from experiments.pictures import agreement
 from fedsim.client import chance_seeded
 from fedsim.data import Dataset, Images, load
@@ -496,8 +499,8 @@ def rounds(data: Dataset, count: int) -> None:
     verdict(f"sixteen rounds show more than one: {means[2] - means[0]:+.1f} dB", means[0] < means[1] < means[2])
 
 
-def _undone(defense: MixUp | InstaHide, data: Dataset, count: int, images: int, number: int) -> tuple[Tensor, Tensor]:
-    """Prints, and returns of who does not know of a defense that mixes and of who does, the decibels of all images.
+def _undone(defense: MixUp | InstaHide | ATS, data: Dataset, count: int, images: int, number: int = 1) -> tuple[Tensor, Tensor]:
+    """Prints, and returns of who does not know of what was done to the images and of who does, the decibels of all images.
 
     number  updates of the same images, by one network
     """
@@ -515,7 +518,7 @@ def _undone(defense: MixUp | InstaHide, data: Dataset, count: int, images: int, 
     attack = attacks.idlg(evaluations=600, tv=1e-3)
     naive = run(attack, model, [replace(one, previous=None) for one in seen], known)
     knowing = attacks.adapted(attack, model, defense)
-    assert isinstance(knowing, attacks.Unmixed)
+    assert isinstance(knowing, attacks.Undone | attacks.Unmixed)
     assert isinstance(knowing.attack, attacks.Rehearsed)
     briefly = replace(knowing.attack, rehearsals=4, evaluations=300)
     told, made = replace(known, defense=defense), []
@@ -525,19 +528,52 @@ def _undone(defense: MixUp | InstaHide, data: Dataset, count: int, images: int, 
         return made
 
     found = replace(knowing, attack=matching)(seen, told, model, generator(0, "claim"))
-    mixtures, before, after = psnr(made[number - 1 :: number], trained), psnr(naive, truth), psnr(found, truth)
+    found_as, before, after = psnr(made[number - 1 :: number], trained), psnr(naive, truth), psnr(found, truth)
     stolen = [int((scores > BAR).sum()) for scores in (before, after)]
     print(
         f"  {defense}, {images} images, {number} updates: naive {before.mean():.1f} dB, {stolen[0]}/{len(before)} stolen;"
-        f" mixtures found at {mixtures.mean():.1f} dB; undone {after.mean():.1f} dB, {stolen[1]}/{len(after)} stolen",
+        f" found as trained on at {found_as.mean():.1f} dB; undone {after.mean():.1f} dB, {stolen[1]}/{len(after)} stolen",
         flush=True,
     )
     return before, after
 
 
+def undoing(data: Dataset, count: int) -> None:
+    """What undoing makes of images that are known exactly as they were trained on: mean PSNR, that of |2 p - 1|, and MSE < 0.03."""
+    known = Knowledge(data.image_shape, 10, public=data.test)
+    for defense, images, number in (
+        *((MixUp(), images, number) for images, number in ((2, 1), (4, 1), (4, 3))),
+        *((InstaHide(k=2, largest=0.9), 2, number) for number in (1, 2, 4)),
+        *((InstaHide(), 4, number) for number in (1, 4)),
+        (ATS(), 4, 1),
+    ):
+        before, after, grey = [], [], []
+        for i in range(count):
+            x, y = data.train.batch(torch.randint(len(data.train.labels), (images,), generator=generator(0, "images", i)))
+            sent = [defense.batch(x, y, 10, generator(0, "batch", i, round)) for round in range(number)]
+            batches, soft = [z for z, _ in sent], [q for _, q in sent]
+            made = defense.undone(batches[0]) if isinstance(defense, ATS) else None
+            made = unmixed(defense, batches, soft, generator(0, "undoing", i), known)[0] if made is None else made
+            before.append(_matched(batches[-1], x))
+            after.append(_matched(made, x))
+            grey.append(_matched((2 * made - 1).abs(), (2 * x - 1).abs()))
+        old, new, far = (torch.cat(scores) for scores in (before, after, grey))
+        stolen = [f"{int((scores > BAR).sum())}/{len(scores)}" for scores in (old, new)]
+        print(
+            f"  {defense}, {images} images, {number} updates: {old.mean():.1f} dB, {stolen[0]} stolen as trained on;"
+            f" undone {new.mean():.1f} dB, {stolen[1]} stolen; |2 p - 1| {far.mean():.1f} dB",
+            flush=True,
+        )
+
+
+def _matched(made: Tensor, x: Tensor) -> Tensor:
+    i, j = metrics.match(made, x)
+    return metrics.psnr_db(made[i], x[j]).clamp(max=60)  # an image that was left alone is there to the last bit
+
+
 def mixup(data: Dataset, count: int) -> None:
     """PSNR of a batch's images behind MixUp, by who does not know of it and who undoes it; stolen is an MSE below 0.03."""
-    two, four = _undone(MixUp(), data, count, 2, 1), _undone(MixUp(), data, count // 2, 4, 1)
+    two, four = _undone(MixUp(), data, count, 2), _undone(MixUp(), data, count // 2, 4)
     verdict(f"undoing it gains 3 dB from 2 images: {(two[1] - two[0]).mean():+.1f}", bool((two[1] - two[0]).mean() >= 3))
     verdict(f"and from 4: {(four[1] - four[0]).mean():+.1f}", bool((four[1] - four[0]).mean() >= 3))
 
@@ -545,9 +581,15 @@ def mixup(data: Dataset, count: int) -> None:
 def instahide(data: Dataset, count: int) -> None:
     """The same behind InstaHide with k=2, from one update and from two of the same images."""
     defense = InstaHide(k=2, largest=0.9)
-    one, twice = _undone(defense, data, count, 2, 1), _undone(defense, data, count // 2, 2, 2)
+    one, twice = _undone(defense, data, count, 2), _undone(defense, data, count // 2, 2, 2)
     verdict(f"undoing it gains 3 dB from one update: {(one[1] - one[0]).mean():+.1f}", bool((one[1] - one[0]).mean() >= 3))
     verdict(f"and from two: {(twice[1] - twice[0]).mean():+.1f}", bool((twice[1] - twice[0]).mean() >= 3))
+
+
+def ats(data: Dataset, count: int) -> None:
+    """The same behind ATS with its hybrid policy, whose transforms are run backwards: one image each."""
+    before, after = _undone(ATS(), data, count, 1)
+    verdict(f"undoing it gains 3 dB: {(after - before).mean():+.1f}", bool((after - before).mean() >= 3))
 
 
 def budget(data: Dataset, count: int) -> None:
@@ -600,8 +642,10 @@ CLAIMS: dict[str, tuple[Callable[[Dataset, int], None], int]] = {
     "gan": (gan, 16),
     "batch-sizes": (batch_sizes, 4),
     "rounds": (rounds, 8),
+    "undoing": (undoing, 8),
     "mixup": (mixup, 8),
     "instahide": (instahide, 8),
+    "ats": (ats, 8),
     "budget": (budget, 16),
     "resolution": (resolution, 6),
 }
