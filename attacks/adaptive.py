@@ -254,18 +254,24 @@ def adapted(attack: Attack, model: nn.Module, defense: object) -> Attack | None:
     leave at other images too. Where the defense hides the length of an update, a gap that ignores it is rehearsed as well, from
     grey; where the model draws at random, leaving out what stands behind the draw, and looking for the draw. Where the defense
     mixes images, soft labels are looked for; where it reflects pixels, |2 p - 1| is what varies little. What it did to the images
-    is then undone. Of an escalation each attack is adapted. A search among a generator's images knows the defense by
-    `known.defense` alone.
+    is then undone, whatever found them. Of an escalation each attack is adapted. A search among a generator's images knows the
+    defense by `known.defense` alone.
     """
     other = _informed(attack, model, defense)
-    if other is None or isinstance(other, GenerativePrior):
+    if isinstance(other, GenerativePrior):
         return other
     for part in reversed(batch_parts(defense)):  # what was done last is undone first
         if isinstance(part, Reversible):
-            other = Undone(other, part)
+            other = Undone(other or attack, part)
         elif isinstance(part, Mixing):
-            return Unmixed(other, part)
+            return Unmixed(other or attack, part)
     return other
+
+
+def rehearses(attack: object) -> bool:
+    """Whether an attack, or one that it is made of, rehearses."""
+    inner = (*getattr(attack, "attacks", {}).values(), *([attack.attack] if hasattr(attack, "attack") else []))
+    return isinstance(attack, Rehearsed) or any(map(rehearses, inner))
 
 
 def _informed(attack: Attack, model: nn.Module, defense: object) -> Attack | None:

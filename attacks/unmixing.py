@@ -36,7 +36,7 @@ class Unmixed:
     Each message is of mixtures of its own. Those that a client sent of the same images (`known.same_images`) are reconstructed one
     by one, and solved for the images together. Nothing tells a reflected batch from its negative; the one whose pixels are more
     like those of public images is taken. Left as they are: updates of several local steps or clients, each with a mixture of its
-    own, reflected batches of more than 4 images, and a search that diverged.
+    own, reflected batches of more than 4 images, batches of which images are missing, and a search that diverged.
 
     Threat model: that of `attack`, of an attacker who also knows the clients' defense.
 
@@ -63,17 +63,17 @@ class Unmixed:
         report: Callable[[int, int], None] | None = None,
     ) -> list[Reconstruction]:
         """One reconstruction for each observation, in order."""
-        seed = int(torch.randint(2**62, (), generator=rng))
         each = [views(one, replace(known, defense=None)) for one in seen]
         labels = None if known.labels is None else [y for y, own in zip(known.labels, each, strict=True) for _ in own]
         told = replace(known, labels=labels)
         made = iter(self.attack([view for own in each for view in own], told, model, rng, report=report))
+        seed = int(torch.randint(2**62, (), generator=rng))
         found = []
         for own, chance in zip(each, streams(seen, seed, "mixtures"), strict=True):
             batches = [next(made) for _ in own]
             several = (known.local_steps or 1) > 1 or bool(own[-1].summed)
             large = self.mixing.reflects and len(batches[-1].images) > MOST
-            if several or large or not all(bool(one.images.isfinite().all()) for one in batches):
+            if several or large or any(one.missed or not bool(one.images.isfinite().all()) for one in batches):
                 found.append(batches[-1])
                 continue
             soft = [
