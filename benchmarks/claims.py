@@ -536,7 +536,9 @@ def _undone(
         return made
 
     found = replace(knowing, attack=matching)(seen, told, model, generator(0, "claim"))
-    found_as, before, after = psnr(made[number - 1 :: number], trained), psnr(naive, truth), psnr(found, truth)
+    last = made[number - 1 :: number]
+    # A permutation may leave an image as it is, and exact inversion finds it to the last bit.
+    found_as, before, after = (psnr(*pair).clamp(max=60) for pair in ((last, trained), (naive, truth), (found, truth)))
     stolen = [int((scores > BAR).sum()) for scores in (before, after)]
     print(
         f"  {defense}, {images} images, {number} updates: naive {before.mean():.1f} dB, {stolen[0]}/{len(before)} stolen;"
@@ -547,7 +549,7 @@ def _undone(
 
 
 def undoing(data: Dataset, count: int) -> None:
-    """The same by exact inversion, one ReLU layer of 1,024 units: of mixtures, from 1 to 4 updates of the same images."""
+    """The same by exact inversion through a layer of 1,024 ReLUs, from 1 to 4 updates of the same images; PSNR up to 60 dB."""
     for defense, images, number in (
         (MixUp(), 2, 1),
         (MixUp(), 4, 1),

@@ -212,8 +212,8 @@ def test_messages_of_changed_images_are_no_views_of_the_same():
 
 
 def test_mixing_stops_nobody_who_finds_the_mixtures_exactly():
-    defense = Fixed(((0.6, 0.4), (0.4, 0.6)))
-    model, seen, truth = victims(defense, 3, 2, build=lambda rng: mlp(DATA.image_shape, 10, hidden=(512,), rng=rng))
+    defense = Fixed(((0.7, 0.3), (0.3, 0.7)))
+    model, seen, truth = victims(defense, 3, 2, build=lambda rng: mlp(DATA.image_shape, 10, hidden=(1024,), rng=rng))
     naive, knowing = attacks.Analytic(), adapted(attacks.Analytic(), model, defense)
     assert isinstance(knowing, Unmixed)
     before = naive(seen, KNOWN, model, generator(0, "attack"))
