@@ -32,6 +32,7 @@ from attacks.rgap import RGAP
 from attacks.spear import SPEAR
 from attacks.terms import CosineGap, GaussianGap, OutOfRange, SquaredAndAbsoluteGap, SquaredGap, SquaredPixels, TotalVariation
 from attacks.text import BagOfTokens, SpanCheck, TextMatching
+from attacks.unmixing import Undone, Unmixed
 
 __all__ = [
     "LBFGS",
@@ -59,6 +60,8 @@ __all__ = [
     "Stop",
     "TextMatching",
     "TotalVariation",
+    "Undone",
+    "Unmixed",
     "Unsupported",
     "Where",
     "adapted",

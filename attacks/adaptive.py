@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from attacks import metrics
+from attacks.escalation import Escalation, Where
 from attacks.evidence import size_of, views
 from attacks.generative import GenerativePrior
 from attacks.hidden_noise import hidden_noises
 from attacks.matching import GradientMatching, Plan, Problems, in_chunks
 from attacks.optimizers import Stop
 from attacks.terms import CosineGap, TotalVariation
-from fedsim.defense import Defense, State, hooks_of
+from attacks.unmixing import Undone, Unmixed
+from fedsim.defense import Defense, Mixing, Reversible, State, batch_parts, hooks_of
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction
 from fedsim.seeding import generator
 from fedsim.training import Batch, local_update
@@ -105,9 +107,9 @@ class Rehearsed:
         order = torch.randperm(len(public), generator=generator(seed, "rehearsal"))
         device = next(iter(seen[0].params.values())).device
         batches = [public.batch(index) for index in order[: count * images].split(images)]
-        truth = [(x.to(device), y.to(device)) for x, y in batches]
-        played = [self._played(seen[i % len(seen)], truth[i:] + truth[:i], known, model, seed, i) for i in range(count)]
-        return _Stage(played, truth)
+        own = [(x.to(device), y.to(device)) for x, y in batches]
+        played = [self._played(seen[i % len(seen)], own[i:] + own[:i], known, model, seed, i) for i in range(count)]
+        return _Stage(played, [_trained_on(one, batch, known, seed) for one, batch in zip(played, own, strict=True)])
 
     def _rehearsed(self, stages: "Sequence[_Stage]", known: Knowledge, model: nn.Module, seed: int) -> list[tuple[str, float]]:
         """For each stage the best variant's name, and the gap, in units, that the truth leaves at most; all as one program."""
@@ -192,7 +194,7 @@ class Rehearsed:
         if attack.noises(model):  # what the clients drew is part of the truth, and not among what is told here
             return 0.0
         group = _problems(stage.played, known, model, attack)
-        group.labels = torch.stack([y for _, y in stage.truth]).repeat(1, group.plan.copies)
+        group.labels = torch.stack([torch.cat([y] * group.plan.copies) for _, y in stage.truth])
         points = torch.stack([x.repeat(group.plan.copies, 1, 1, 1).flatten() for x, _ in stage.truth]).to(group.dtype)
         gaps = in_chunks(group.gaps, points, torch.arange(len(points), device=points.device), 1)
         return float((gaps / group.unit).max())
@@ -200,7 +202,7 @@ class Rehearsed:
 
 @dataclass(frozen=True)
 class _Stage:
-    """Public victims: what they would have sent, and of which images and labels."""
+    """Public victims: what they would have sent, and which images and labels they would have trained on."""
 
     played: list[Observation]
     truth: list[tuple[Tensor, Tensor]]
@@ -212,6 +214,15 @@ class _Stage:
             i, j = metrics.match(one.images, x)
             scores.append(metrics.psnr_db(one.images[i], x[j]).mean())
         return float(torch.stack(scores).mean())
+
+
+def _trained_on(one: Observation, batch: Batch, known: Knowledge, seed: int) -> Batch:
+    """What a public victim's defense made of its batch, as it did for what was seen of it.
+
+    The batch itself, where there were several local steps, which changed the same image in several ways, or several clients.
+    """
+    change = hooks_of(known.defense, known.num_classes, seed, one.round, one.client).batch
+    return batch if change is None or (known.local_steps or 1) > 1 or one.summed else change(*batch)
 
 
 def _kind(one: Observation, known: Knowledge) -> tuple[int, ...]:
@@ -241,13 +252,42 @@ def adapted(attack: Attack, model: nn.Module, defense: object) -> Attack | None:
 
     Gradient matching is rehearsed with total variation of several weights, and does not stop at a small gap, which a defense may
     leave at other images too. Where the defense hides the length of an update, a gap that ignores it is rehearsed as well, from
-    grey; where the model draws at random, leaving out what stands behind the draw, and looking for the draw. A search among a
-    generator's images knows the defense by `known.defense` alone.
+    grey; where the model draws at random, leaving out what stands behind the draw, and looking for the draw. Where the defense
+    mixes images, soft labels are looked for; where it reflects pixels, |2 p - 1| is what varies little. What it did to the images
+    is then undone, whatever found them. Of an escalation each attack is adapted. A search among a generator's images knows the
+    defense by `known.defense` alone.
     """
+    other = _informed(attack, model, defense)
+    if isinstance(other, GenerativePrior):
+        return other
+    for part in reversed(batch_parts(defense)):  # what was done last is undone first
+        if isinstance(part, Reversible):
+            other = Undone(other or attack, part)
+        elif isinstance(part, Mixing):
+            return Unmixed(other or attack, part)
+    return other
+
+
+def rehearses(attack: object) -> bool:
+    """Whether an attack, or one that it is made of, rehearses."""
+    inner = (*getattr(attack, "attacks", {}).values(), *([attack.attack] if hasattr(attack, "attack") else []))
+    return isinstance(attack, Rehearsed) or any(map(rehearses, inner))
+
+
+def _informed(attack: Attack, model: nn.Module, defense: object) -> Attack | None:
+    """As `adapted`, for what was trained on, whatever that was made of."""
     if isinstance(attack, GenerativePrior):
         return attack
+    if isinstance(attack, Escalation):
+        return replace(attack, attacks={name: _informed(one, model, defense) or one for name, one in attack.attacks.items()})
+    if isinstance(attack, Where):
+        return replace(attack, attack=_informed(attack.attack, model, defense) or attack.attack)
     if not isinstance(attack, GradientMatching):
         return None
+    mixing = [part for part in batch_parts(defense) if isinstance(part, Mixing)]
+    if mixing:
+        attack = replace(attack, labels="joint", init="grey" if attack.init == "normal" else attack.init)
+    weights = [TotalVariation(weight, reflected=any(part.reflects for part in mixing)) for weight in WEIGHTS]
     others = tuple(prior for prior in attack.priors if not isinstance(prior, TotalVariation))
     ways: dict[str, GradientMatching] = {"": attack}
     if hidden_noises(model):
@@ -258,8 +298,8 @@ def adapted(attack: Attack, model: nn.Module, defense: object) -> Attack | None:
         ways |= {f"cosine {way}": replace(one, gap=CosineGap(), init=init) for way, one in ways.items()}
     return Rehearsed(
         {
-            f"{way}tv={weight:g}": replace(changed, priors=(*others, TotalVariation(weight)), stop=Stop())
+            f"{way}tv={prior.weight:g}": replace(changed, priors=(*others, prior), stop=Stop())
             for way, changed in ways.items()
-            for weight in WEIGHTS
+            for prior in weights
         }
     )

@@ -58,9 +58,11 @@ class Escalation:
                     continue
                 for i, one in zip(members, made, strict=True):
                     spent[i] = (spent[i][0] + one.evaluations, spent[i][1] + one.seconds)
-                    gap = relative_gap(seen[i], known, model, one.images, one.labels)
+                    gap = relative_gap(
+                        seen[i], known, model, one.images, one.labels if one.probabilities is None else one.probabilities
+                    )
                     if i not in best or one.converged or gap < best[i][0]:
-                        best[i] = (gap, replace(one, attack=one.attack or name))
+                        best[i] = (gap, replace(one, attack=f"{name} {one.attack}".strip()))
             if report:
                 report(sum(one.converged for _, one in best.values()), len(seen))
         if len(best) < len(seen):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedsim.defense import Belief, Beliefs, beliefs_of
+from fedsim.defense import Belief, Beliefs, batch_parts, beliefs_of
 from fedsim.observation import Knowledge, Observation, Reconstruction
 from fedsim.training import batch_loss
 from fedsim.updates import Update
@@ -27,9 +27,12 @@ def size_of(seen: Observation, known: Knowledge) -> int:
 
 
 def views(seen: Observation, known: Knowledge) -> list[Observation]:
-    """The updates that tell of the same images: what was seen last, and before it what the client sent earlier."""
+    """The updates that tell of the same images: what was seen last, and before it what the client sent earlier.
+
+    Not where a known defense trained on something else each time.
+    """
     found = [seen]
-    while known.same_images and found[0].previous is not None:
+    while known.same_images and not batch_parts(known.defense) and found[0].previous is not None:
         found.insert(0, found[0].previous)
     return found
 

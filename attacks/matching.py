@@ -34,7 +34,7 @@ from fedsim.defense import Belief, Explained
 from fedsim.models import Stochastic
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction, Trace
 from fedsim.seeding import generator
-from fedsim.training import batch_loss, local_update, stacked_loss
+from fedsim.training import batch_loss, local_update, probabilities, stacked_loss
 
 CHUNK = {"cpu": 48, "cuda": 1024}  # problems at a time, where memory allows: measured, more does not help
 MEMORY = 2**31  # bytes one chunk may take
@@ -306,10 +306,11 @@ class GradientMatching:
         tried = max(1, int(minima.tried[i]))  # none, where the time was over before
         best = int(gaps[:tried].argmin())
         images = torch.stack([group.united(start) for start in group.images(minima.points[i, :tried])])
+        soft = group.probabilities(minima.points[i, best : best + 1], torch.tensor([i], device=gaps.device))[0, : group.plan.images]
         moments = minima.moments.get(i * self.restarts + best)
         return Reconstruction(
             images=images[best],
-            labels=group.hard_labels(minima.points[i], i)[best],
+            labels=soft.argmax(-1),
             loss=float(gaps[best]),
             converged=bool(gaps[best] <= self.tolerance * group.unit[i]),
             starts=images,
@@ -317,6 +318,7 @@ class GradientMatching:
             evaluations=int(minima.evaluations[i].sum()),
             seconds=seconds,
             trace=group.trace(moments, i, chunk) if moments else None,
+            probabilities=soft if group.labels is None else None,
         )
 
 
@@ -368,7 +370,7 @@ class Problems:
     num_classes: int
     training: dict[str, Any]
     beliefs: dict[str, Belief] | None = None
-    labels: Tensor | None = None  # (V, copies * n), or None when they are optimised too
+    labels: Tensor | None = None  # (V, copies * n), or probabilities with K beside; None when they are optimised too
     stopped: threading.Event | None = None  # set when nobody waits for the result any more
 
     def __post_init__(self) -> None:
@@ -516,7 +518,7 @@ class Problems:
     def probabilities(self, points: Tensor, problems: Tensor) -> Tensor:
         """(P, copies * n, K) label probabilities: of the points, or those known beforehand."""
         if self.labels is not None:
-            return nn.functional.one_hot(self.labels[problems], self.num_classes).to(points.dtype)
+            return probabilities(self.labels[problems], self.num_classes).to(points.dtype)
         logits = points[:, self.pixels : self.pixels + self.count * self.num_classes]
         return logits.reshape(len(points), self.count, self.num_classes).softmax(-1)
 
@@ -524,11 +526,6 @@ class Problems:
         """What modules drew, as the points have it: buffers (P, copies * n, ...)."""
         end = self.pixels + (self.count * self.num_classes if self.labels is None else 0)
         return as_buffers(self.attack.noises(self.model), points[:, end:], self.count)
-
-    def hard_labels(self, points: Tensor, problem: int) -> Tensor:
-        """(P, n) int64."""
-        problems = torch.full((len(points),), problem, device=points.device)
-        return self.probabilities(points, problems).argmax(-1)[:, : self.plan.images]
 
     def evaluate(self, points: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (P,) and their gradients (P, D) at points (P, D) of these problems."""

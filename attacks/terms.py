@@ -150,15 +150,20 @@ class Prior(Protocol):
 
 @dataclass(frozen=True)
 class TotalVariation:
-    """`weight` times the mean absolute difference of neighbouring pixels, across plus down."""
+    """`weight` times the mean absolute difference of neighbouring pixels, across plus down.
+
+    reflected  of |2 p - 1| in place of the pixels p: the same where p was replaced by 1 - p
+    """
 
     weight: float
+    reflected: bool = False
 
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise ValueError(f"a prior's weight must be >= 0, got {self.weight}")
 
     def __call__(self, images: Tensor) -> Tensor:
+        images = (2 * images - 1).abs() if self.reflected else images
         down = (images[..., 1:, :] - images[..., :-1, :]).abs().flatten(1).mean(1)
         across = (images[..., 1:] - images[..., :-1]).abs().flatten(1).mean(1)
         return self.weight * (down + across)

@@ -19,6 +19,7 @@ from fedsim.defense import (
     Guarantee,
     Private,
     State,
+    mixes,
     replaces_gradient,
 )
 from fedsim.training import Batch, batch_gradients
@@ -118,7 +119,7 @@ class Chain:
 
     def guarantee(self, exposures: Sequence[Exposure]) -> Guarantee | None:
         """The strongest of its parts': what comes after is post-processing, what comes before part of the data's function."""
-        mixed = any(getattr(part, "mixes", False) for part in self.parts)
+        mixed = mixes(self)
         found = [made for part in self.parts if isinstance(part, Private) and (made := part.guarantee(exposures)) is not None]
         # One image in several mixtures has several clipped gradients, and no proof.
         found = [made for made in found if made.unit == "client" or not mixed]
@@ -126,10 +127,6 @@ class Chain:
 
     def planned(self, exposures: Sequence[Exposure]) -> "Chain":
         return Chain([part.planned(exposures) if isinstance(part, Private) else part for part in self.parts])
-
-    @property
-    def mixes(self) -> bool:
-        return any(getattr(part, "mixes", False) for part in self.parts)
 
     @property
     def rescales(self) -> bool:
@@ -189,10 +186,6 @@ class ErrorFeedback:
 
     def planned(self, exposures: Sequence[Exposure]) -> "ErrorFeedback":
         return replace(self, inner=self.inner.planned(exposures)) if isinstance(self.inner, Private) else self
-
-    @property
-    def mixes(self) -> bool:
-        return Chain((self.inner,)).mixes
 
     @property
     def rescales(self) -> bool:

@@ -19,6 +19,11 @@ def images_of(defense: object, images: Tensor) -> Tensor:
     return images
 
 
+def mixed(mixture: Tensor, batch: Tensor) -> Tensor:
+    """Mixtures, by the weights (B, B), of a batch of images (B, C, H, W) or of labels (B, K)."""
+    return torch.einsum("ij,j...->i...", mixture.to(batch), batch)
+
+
 @dataclass(frozen=True)
 class MixUp(Untouched):
     """Trains on lambda x_i + (1 - lambda) x_j, and the same of the labels, with lambda ~ Beta(alpha, alpha) (Zhang et al. 2018).
@@ -28,17 +33,20 @@ class MixUp(Untouched):
 
     alpha: float = 1.0
 
-    mixes: ClassVar[bool] = True
+    reflects: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         number("alpha", self.alpha, 0, above=True)
 
     def batch(self, images: Tensor, labels: Tensor, classes: int, rng: torch.Generator) -> Batch:
-        images, labels = images_of(self, images), probabilities(labels, classes)
+        mixture = self.mixture(len(images_of(self, images)), rng)
+        return mixed(mixture, images), mixed(mixture, probabilities(labels, classes))
+
+    def mixture(self, size: int, rng: torch.Generator) -> Tensor:
         seed = int(torch.randint(2**62, (), generator=rng))  # torch draws no Beta from a generator
         share = float(np.random.default_rng(seed).beta(self.alpha, self.alpha))
-        other = torch.randperm(len(images), generator=rng).to(images.device)
-        return share * images + (1 - share) * images[other], share * labels + (1 - share) * labels[other]
+        own = torch.eye(size)
+        return share * own + (1 - share) * own[torch.randperm(size, generator=rng)]
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class InstaHide(Untouched):
     k: int = 4
     largest: float = 0.65
 
-    mixes: ClassVar[bool] = True
+    reflects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         whole("k", self.k)
@@ -64,13 +72,15 @@ class InstaHide(Untouched):
             )
 
     def batch(self, images: Tensor, labels: Tensor, classes: int, rng: torch.Generator) -> Batch:
-        images, labels = images_of(self, images), probabilities(labels, classes)
-        n = len(images)
-        weights = torch.stack([self._weights(rng) for _ in range(n)], 1).to(images)  # (k, B)
-        order = torch.stack([torch.arange(n), *(torch.randperm(n, generator=rng) for _ in range(self.k - 1))]).to(images.device)
-        mixed = torch.einsum("kb,kbchw->bchw", weights, images[order])
-        kept = (torch.rand(mixed.shape, generator=rng) < 0.5).to(images.device)
-        return torch.where(kept, mixed, 1 - mixed), torch.einsum("kb,kbn->bn", weights, labels[order])
+        mixture = self.mixture(len(images_of(self, images)), rng)
+        pixels = mixed(mixture, images)
+        kept = (torch.rand(pixels.shape, generator=rng) < 0.5).to(images.device)
+        return torch.where(kept, pixels, 1 - pixels), mixed(mixture, probabilities(labels, classes))
+
+    def mixture(self, size: int, rng: torch.Generator) -> Tensor:
+        weights = torch.stack([self._weights(rng) for _ in range(size)], 1)  # (k, B)
+        order = torch.stack([torch.arange(size), *(torch.randperm(size, generator=rng) for _ in range(self.k - 1))])
+        return torch.einsum("kb,kbi->bi", weights, torch.eye(size)[order])
 
     def _weights(self, rng: torch.Generator) -> Tensor:
         if self.k == 1:

@@ -10,7 +10,7 @@ from attacks.hidden_noise import hidden_noises
 from fedsim import servers
 from fedsim.accounting import quoted_epsilon, reconstruction_bound
 from fedsim.data import Corpus
-from fedsim.defense import Followed, Guarantee, Private
+from fedsim.defense import Followed, Guarantee, Private, mixes
 from fedsim.models import Bert, Stochastic
 from fedsim.protocols import FedAvg, FedSGD
 from fedsim.secure_aggregation import Secure
@@ -64,7 +64,7 @@ def card(setup: Setup, tap: Tap, attack: str, defense: str, told: Sequence[bool]
         ("BatchNorm", "running statistics seen, those of the batch not" if batch_norm else "none in this model"),
         ("clients", LOOKS[setup.inspection.action]),
         *_proved(setup, batch_norm),
-        *([("mixing", LONELY)] if getattr(setup.defense, "mixes", False) and protocol.batch_size == 1 else []),
+        *([("mixing", LONELY)] if mixes(setup.defense) and protocol.batch_size == 1 else []),
         ("taps", _taps(tap)),
         *([("other rounds", line) for line in _other_rounds(setup, tap)] if any(told) else []),
         ("attack", attack),

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from attacks import Escalation, GradientMatching, Rehearsed, adapted
+from attacks import Escalation, GradientMatching, adapted
+from attacks.adaptive import rehearses
 from attacks.hidden_noise import hidden_noises
 from attacks.metrics import WINDOW
 from experiments import scoring
@@ -117,7 +118,7 @@ def attackers(setup: Setup, attack: Any, name: str, who: str) -> list[Attacker]:
     other = adapted(attack, setup.model(), setup.defense)
     if other is None:
         return [naive]
-    if isinstance(other, Rehearsed) and (images := images_behind(setup)) > len(setup.dataset.test):
+    if rehearses(other) and (images := images_behind(setup)) > len(setup.dataset.test):
         raise ValueError(
             f"an attacker who knows the defense rehearses on as many test images as are in an update, {images}, and there are "
             f"{len(setup.dataset.test)}: raise data.test_size, or take attacker=naive"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,29 @@ class BatchDefense(Protocol):
 
 
 @runtime_checkable
+class Mixing(Protocol):
+    """A defense that trains on mixtures of a batch's images, whose labels it mixes alike.
+
+    reflects  whether it then replaces pixels p by 1 - p in places drawn at random
+    """
+
+    reflects: ClassVar[bool]
+
+    def mixture(self, size: int, rng: torch.Generator) -> Tensor:
+        """(size, size) a draw of how much of each image, a column, is in each mixture, a row; rows add up to 1."""
+        ...
+
+
+@runtime_checkable
+class Reversible(Protocol):
+    """A defense that trains on images which it transformed in ways that can be run backwards."""
+
+    def undone(self, images: Tensor) -> Tensor:
+        """The likely originals (B, C, H, W) of transformed images (B, C, H, W), as far as they are left in them."""
+        ...
+
+
+@runtime_checkable
 class GradientDefense(Protocol):
     """A defense that computes another gradient than that of the batch's loss."""
 
@@ -65,8 +88,25 @@ def replaces_gradient(defense: object) -> bool:
     """Whether a defense, or one that it is made of, computes another gradient than the batch's."""
     if not isinstance(defense, GradientDefense):
         return False
-    parts = (*getattr(defense, "parts", ()), *([defense.inner] if hasattr(defense, "inner") else []))
+    parts = _parts_of(defense)
     return any(map(replaces_gradient, parts)) if parts else True
+
+
+def batch_parts(defense: object) -> tuple[BatchDefense, ...]:
+    """The defense, or those of its parts in their order, that train on other images than the client's, each time on others."""
+    parts = _parts_of(defense)
+    if parts:
+        return tuple(found for part in parts for found in batch_parts(part))
+    return (defense,) if isinstance(defense, BatchDefense) else ()
+
+
+def mixes(defense: object) -> bool:
+    """Whether a defense, or one that it is made of, mixes images."""
+    return any(isinstance(part, Mixing) for part in batch_parts(defense))
+
+
+def _parts_of(defense: object) -> tuple[object, ...]:
+    return (*getattr(defense, "parts", ()), *([defense.inner] if hasattr(defense, "inner") else []))
 
 
 def hooks_of(defense: object, classes: int, seed: int, round: int, client: int) -> Hooks:

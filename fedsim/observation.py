@@ -140,6 +140,7 @@ class Reconstruction:
     certain    (B,) which images the attack itself vouches for, where it can tell one by one; None where `converged` is all it knows
     missed     images of the batch that the attack knows it has nothing of; `images` then holds so many fewer
     attack     which attack of several found it; empty for an attack that is one
+    probabilities  (B, K) soft labels, where these were looked for
     """
 
     images: Tensor
@@ -154,6 +155,7 @@ class Reconstruction:
     certain: Tensor | None = None
     missed: int = 0
     attack: str = ""
+    probabilities: Tensor | None = None
 
 
 @runtime_checkable
