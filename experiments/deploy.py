@@ -33,7 +33,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 import experiments
+from experiments import guard
 from experiments.config import Config, ConfigError, compose
+from experiments.guard import family, processes
 from fedsim.checks import whole
 from fedsim.errors import FederationError
 from fedsim.quiet import SWITCHES
@@ -95,6 +97,8 @@ class Loopback:
         self.nodes: list[Started] = []
         self._all: list[Started] = []
         self._commands = {name: _command(name) for name in COMMANDS}
+        watch = [sys.executable, "-I", guard.__file__, str(folder)]
+        self._guard = subprocess.Popen(watch, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0)
 
     @classmethod
     @contextlib.contextmanager
@@ -137,7 +141,7 @@ class Loopback:
         return self.start(name, "flower-supernode", *(instead or secure), *where)
 
     def start(self, name: str, command: str, *arguments: str) -> Started:
-        """Starts one of Flower's commands in a session of its own, so that Ctrl-C reaches it from here only."""
+        """Starts one of Flower's commands in the guard's group, where Ctrl-C does not reach it."""
         log = self.folder / f"{name}.log"
         with log.open("w") as out:
             process = subprocess.Popen(
@@ -146,7 +150,7 @@ class Loopback:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=self.environment(name),
-                start_new_session=True,
+                process_group=self._guard.pid,
                 text=True,
             )
         self._all.append(Started(name, process, log))
@@ -155,7 +159,12 @@ class Loopback:
     def flwr(self, *arguments: str) -> str:
         """What a `flwr` command prints. Raises FederationError for one that fails."""
         done = subprocess.run(
-            [self._commands["flwr"], *arguments], env=self.environment("user"), capture_output=True, text=True, timeout=PATIENCE
+            [self._commands["flwr"], *arguments],
+            env=self.environment("user"),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            process_group=self._guard.pid,
         )
         if done.returncode:
             why = " ".join(plain(done.stdout + done.stderr).split())[-500:]
@@ -219,12 +228,12 @@ class Loopback:
             time.sleep(0.1)
 
     def family(self) -> set[tuple[int, str]]:
-        """All processes of the deployment, those included that Flower's commands started."""
-        return family({one.process.pid for one in self._all})
+        """All processes of the deployment, those included that Flower's commands started, and the guard."""
+        return family({self._guard.pid})
 
     def stop(self) -> None:
-        """Ends all processes, those they started included: asks first, and kills what is left."""
-        mine = self.family()
+        """Ends all processes, those they started included: asks first, and kills what is left. The guard is the last."""
+        mine = {one for one in self.family() if one[0] != self._guard.pid}
         for one in reversed(self._all):
             if one.process.poll() is None:
                 one.process.terminate()
@@ -236,6 +245,8 @@ class Loopback:
                 os.kill(pid, signal.SIGKILL)
         for one in self._all:
             one.process.wait()
+        self._guard.kill()
+        self._guard.communicate()
 
 
 # One run.
@@ -348,40 +359,6 @@ def _write_secret(path: Path, data: bytes) -> None:
 
 
 # Processes.
-
-
-def processes() -> set[tuple[int, str]]:
-    """All processes that run: number and time of start, which together tell a process from a later one of the same number."""
-    return {(pid, began) for pid, (_, _, began) in _table().items()}
-
-
-def family(leaders: set[int]) -> set[tuple[int, str]]:
-    """`leaders` of process groups, all in their groups, and what those started, and what that started, as `processes` tells them.
-
-    A SuperNode's helper outlives a SuperNode that is killed, and is still in its group.
-    """
-    table = _table()
-    found = {pid for pid, (_, group, _) in table.items() if pid in leaders or group in leaders}
-    while more := {pid for pid, (parent, _, _) in table.items() if parent in found} - found:
-        found |= more
-    return {(pid, table[pid][2]) for pid in found}
-
-
-def _table() -> dict[int, tuple[int, int, str]]:
-    """Parent, group and time of start by process number."""
-    if not Path("/proc/self/stat").exists():
-        listed = subprocess.run(
-            ["ps", "-A", "-o", "pid=,ppid=,pgid=,stat=,lstart="], capture_output=True, text=True, check=True
-        ).stdout
-        rows = [line.split(maxsplit=4) for line in listed.splitlines()]
-        return {int(pid): (int(parent), int(group), began) for pid, parent, group, state, began in rows if "Z" not in state}
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-            state, parent, group, *rest = path.read_text().rsplit(")", 1)[1].split()  # the name before it may hold anything
-            if state != "Z":
-                found[int(path.parent.name)] = (int(parent), int(group), rest[16])
-    return found
 
 
 @contextlib.contextmanager

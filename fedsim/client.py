@@ -53,16 +53,19 @@ def client_app(
         secure = isinstance(setup.aggregation, Secure)
         shares = shares_in(message, context, setup, round) if secure else {}
         model = model_of(setup)
-        tensors = tensors_of(message.content.array_records[ARRAYS], setup.device)
-        params = {name: tensors[name] for name, _ in model.named_parameters()}
-        buffers = {name: tensors[name] for name, _ in model.named_buffers()}
         index = setup.protocol.batches(setup.shards[client], setup.seed, round, client)
-        images, labels = setup.batch(index[0])
-        with chance_seeded(model, images, seed_of(setup.seed, "inspection", round, client)):
-            found = setup.inspection(model, params, buffers, images, labels) if setup.inspection.action != "off" else []
-        if found:
-            _tell(memory, client, round, setup.inspection, found)
-        if (trained := ready(round, client)) is None:
+        trained, inspects = ready(round, client), setup.inspection.action != "off"
+        if trained is None or inspects or secure:  # whoever has been trained along with others has no use for the broadcast
+            tensors = tensors_of(message.content.array_records[ARRAYS], setup.device)
+            params = {name: tensors[name] for name, _ in model.named_parameters()}
+            buffers = {name: tensors[name] for name, _ in model.named_buffers()}
+            images, labels = setup.batch(index[0])
+        if inspects:
+            with chance_seeded(model, images, seed_of(setup.seed, "inspection", round, client)):
+                found = setup.inspection(model, params, buffers, images, labels)
+            if found:
+                _tell(memory, client, round, setup.inspection, found)
+        if trained is None:
             with chance_seeded(model, images, seed_of(setup.seed, "dropout", round, client)):
                 trained = setup.protocol.train(
                     model,

@@ -4,14 +4,19 @@ import logging
 
 import pytest
 import torch
-from worlds import FEDAVG, FEDSGD, MLP, NORMED, TOPK_EF, config, federate
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from worlds import FEDAVG, FEDSGD, MLP, NORMED, TOPK_EF, assert_same, config, federate
 
 from defenses import MixUp
+from fedsim.client import client_app
 from fedsim.cohort import Cohort, cohort_of, obstacle
-from fedsim.engines.inline import Inline
+from fedsim.engines.inline import Inline, InlineGrid
 from fedsim.protocols import FedAvg
+from fedsim.records import CONFIG, observation_of
 from fedsim.seeding import generator
 from fedsim.setup import setup_of
+from fedsim.training import Trained
 from fedsim.updates import relative_error
 
 ALONE, TOGETHER = Inline(1), Inline(1, vectorized=True)
@@ -34,6 +39,7 @@ RUNS = {
     "mixed images": {"federation": LONG, "partition": SKEWED, "defense": {"_target_": "defenses.MixUp"}},
     "a memory": {"defense": TOPK_EF},
     "sums": {"federation": LONG, "aggregation": {"_target_": "fedsim.secure_aggregation.Secure", "seeded": True}},
+    "clients that inspect": {"inspect": {"_target_": "fedsim.inspection.Inspection", "owned": 1e-9}},
     "BatchNorm in eval mode": {"model": NORMED, "federation": FEDSGD | {"train_mode": False}},
 }
 
@@ -123,6 +129,19 @@ def test_chunks_and_threads_change_nothing_but_rounding():
         close_to(federate(made, engine).weights, alone.weights)
 
 
+def test_a_client_that_was_trained_along_with_others_does_not_read_the_broadcast():
+    model = setup_of(config()).model()
+    update = {name: torch.full_like(p, 0.25) for name, p in model.named_parameters()}
+    grid = InlineGrid(client_app(config(), None, lambda round, client: Trained(update, {}, torch.tensor(1.5))), 4)
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 1, 1
+    asked = RecordDict({CONFIG: ConfigRecord({"server-round": 1})})  # and no arrays
+    try:
+        (reply,) = grid.send_and_receive([Message(asked, 2, "train")])
+    finally:
+        grid.close()
+    assert_same(dict(observation_of(reply.content, {}, {}, 1).update), update)
+
+
 def close_to(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert list(found) == list(expected)
     for name, tensor in expected.items():
@@ -144,6 +163,10 @@ def compare(made, memory=None):
         )
     assert len(taken) == 2 * 3  # rounds and clients, and none of them was left to train by itself
     assert all(one is not None for one in taken)
+    if memory is not None:
+        mine, theirs = ({path.relative_to(memory / i) for path in (memory / i).rglob("*.*")} for i in "01")
+        assert mine == theirs
+        assert bool(mine) == ("inspect" in made or made["defense"] == TOPK_EF)
     close_to(together.weights, alone.weights)
     for mine, theirs in zip(together.reports[1:], alone.reports[1:], strict=True):
         assert mine.train_loss == pytest.approx(theirs.train_loss, rel=1e-4)

@@ -158,6 +158,7 @@ WRONG = [
     (["data.train_size=0"], "data.train_size must be a whole number >= 1, got 0"),
     (["data.test_size=many"], "data.test_size must be a whole number >= 1, got 'many'"),
     (["model.activation=sigmoyd"], "unknown activation 'sigmoyd': did you mean 'sigmoid'?"),
+    (["data.name={}"], "unknown dataset {}: choices: synthetic, cifar10,"),
     (["model=mcmahan_cnn", "model.dropout=2"], "dropout"),
     (["model/bottleneck=precod"], "unknown model/bottleneck 'precod': did you mean 'precode'?"),
     (["defense=precode", "model.bottleneck.width=0"], "width must be a whole number >= 1, got 0"),

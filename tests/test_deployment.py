@@ -1,6 +1,7 @@
 """Deployment: real processes on loopback, TLS and keys. One federation of three SuperNodes is shared by all tests that look at one.
 
 In its second round the third SuperNode is killed. Meanwhile strangers knock, and what the first SuperNode sent is sent again.
+A second federation, with secure aggregation, is killed as a whole and resumed.
 """
 
 import copy
@@ -12,9 +13,11 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import socket
 import ssl
+import subprocess
 import sys
 import tempfile
 import threading
@@ -28,6 +31,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
+import pandas as pd
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
@@ -42,9 +46,10 @@ from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import sign_message
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors import safe_open
+from test_run import tensors
 from worlds import FEDSGD, assert_same, config, federate
 
-from experiments import app, cli, deploy
+from experiments import app, cli, deploy, guard
 from experiments.config import ConfigError, compose
 from fedsim.client import client_app
 from fedsim.engines.deployment import Deployment
@@ -279,6 +284,69 @@ def test_a_deployed_runs_folder_is_an_ordinary_one(deployed, capsys):
     assert "is finished: all 2 rounds are there" in capsys.readouterr().out
     assert cli.main(["deploy", "--resume", str(deployed.path), "rounds=3"]) == 2
     assert "leave out rounds=3" in capsys.readouterr().err
+
+
+# Killed outright ------------------------------------------------------------------------------------------------------------------
+
+
+# Starts a guard, and in its group a process that starts another in a session of its own, as a SuperLink does.
+STARTER = """
+import subprocess, sys
+watch = f"from experiments import guard; guard._table = guard.{sys.argv[1]}; guard.main()"
+guard = subprocess.Popen([sys.executable, "-c", watch, sys.argv[2]], stdin=subprocess.PIPE, process_group=0)
+start = "import subprocess; subprocess.Popen(['sleep', '1000'], start_new_session=True).wait()"
+subprocess.Popen([sys.executable, "-c", start], process_group=guard.pid).wait()
+"""
+TABLES = {"_from_proc": Path("/proc/self/stat").exists(), "_from_ps": shutil.which("ps") is not None}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_guard_ends_all_processes_and_removes_the_files_of_one_that_is_killed(table, tmp_path):
+    if not TABLES[table]:
+        pytest.skip("this system lists its processes in another way")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "server.key").touch()
+    starter = subprocess.Popen([sys.executable, "-c", STARTER, table, str(tmp_path / "files")], cwd=ROOT)
+    try:
+        wait_for(lambda: len(guard.family({starter.pid})) == 4)
+        everybody = guard.family({starter.pid})
+    finally:
+        starter.kill()
+    starter.wait()
+    wait_for(lambda: not everybody & guard.processes())
+    assert not (tmp_path / "files").exists()
+
+
+SECURE = [*SETTINGS, "strategy=fedadam", "aggregation=secure", "aggregation.seeded=true"]
+
+
+def test_a_secure_deployment_that_is_killed_leaves_nothing_and_goes_on_to_the_end_of_one_never_stopped(tmp_path, monkeypatch):
+    """Killed as a client has trained in the second round: by then its memory is ahead of the checkpoint."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    path = tmp_path / "deployed"
+    words = [sys.executable, "-m", "experiments.cli", "deploy", "--nodes", "3", *SECURE, f"out={tmp_path}", "name=deployed"]
+    driver = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: driver.poll() is not None or list(path.glob("clients/*/round_000002.*")), 1000)
+        everybody = guard.family({driver.pid})
+    finally:
+        driver.kill()
+    assert driver.wait() == -signal.SIGKILL, "it had ended before"
+    assert len(everybody) >= 9  # itself, the guard, SuperLink, three SuperNodes, a helper of each
+    wait_for(lambda: not everybody & guard.processes())
+    assert not list(tmp_path.glob("fedsim-deploy-*"))
+    assert list(RunFolder(path).rounds()["round"]) == [0, 1]
+
+    assert cli.main(["deploy", "--resume", str(path)]) == 0
+    same = ["federation.clients=3", "federation.per_round=3", "engine.workers=1", f"out={tmp_path}", "name=inline"]
+    assert cli.main(["run", *SECURE, *same]) == 0
+    mine, theirs = (RunFolder(path).rounds().drop(columns="seconds") for path in (path, tmp_path / "inline"))
+    pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
+    mine, theirs = tensors(path), tensors(tmp_path / "inline")
+    assert {"observations/round_00002/sum.safetensors", "checkpoint.safetensors"} < set(theirs)
+    assert list(mine) == list(theirs)
+    for name, saved in theirs.items():
+        assert_same(mine[name], saved)
 
 
 # The app, in this process ---------------------------------------------------------------------------------------------------------

@@ -144,6 +144,7 @@ def _subset(images: Images, size: int | None, seed: int, split: str) -> Images:
 
 def image_shape(name: str, side: int | None = None) -> tuple[int, int, int]:
     """(C, H, W) of the images that `load` makes of the dataset `name`."""
+    one_of("dataset", name, NAMES)
     channels, height, width = KNOWN[name].shape if name in KNOWN else (3, synthetic.SIDE, synthetic.SIDE)
     return (channels, side, side) if side else (channels, height, width)
 
