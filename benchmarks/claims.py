@@ -486,7 +486,7 @@ def rounds(data: Dataset, count: int) -> None:
                 update = local_update(model, params, one.buffers, [batch], lr=1.0).update
                 packets, _ = defense(pack(update), {}, generator(0, "noise", one.client, round))
                 previous = replace(one, params=params, packets=packets, round=round, previous=previous, followed=True)
-                params = {name: t - 0.01 * packets[name].dense() for name, t in params.items()}
+                params = {name: t - 0.001 * packets[name].dense() for name, t in params.items()}
             seen.append(cast(Observation, previous))
         attack = attacks.adapted(attacks.idlg(evaluations=1000), model, defense)
         assert attack is not None
