@@ -26,6 +26,7 @@ from scipy import stats
 from torch import Tensor
 
 from attacks.metrics import BARS, Rate, success_rates
+from experiments import claims
 from experiments.card import GUESS, card, obstacles
 from experiments.config import GROUPS, Config, ConfigError, compose, conditions, contender, label, without_defense
 from experiments.pictures import moments
@@ -33,6 +34,7 @@ from experiments.plots import IMAGES, KNOWING, PERFECT, TEXTS, TRIVIAL, Summary,
 from experiments.progress import size
 from experiments.scoring import STOLEN_MSE, STOLEN_TOKENS
 from experiments.statistics import LEVEL
+from experiments.study import ABOUT
 from fedsim.files import read_json, write_bytes
 from fedsim.run import RunFolder
 from fedsim.setup import build, setup_of
@@ -116,7 +118,7 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
             for (kind, attack, who), of in leaks.groupby(["kind", "attack", "attacker"], sort=False)
         ],
         "knobs": _knobs({name: of[0].config for name, of in grouped.items()}),
-        "tables": [_section("table", "Summary table", summarised(folders))],
+        "tables": [_section("table", "Summary table", summarised(folders)), *_claims(folders)],
         "stages": sorted({int(round) for round in leaks["round"]}),
         "victims": album.victims,
         "images": album.images,
@@ -126,6 +128,16 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
     }
     album.fill(MOST - len(rendered(page).encode()))
     return page
+
+
+def _claims(folders: Sequence[RunFolder]) -> list[Row]:
+    """The verdicts on what was published of the studies that these runs are cells of."""
+    studies: dict[Path, list[RunFolder]] = {}
+    for folder in folders:
+        studies.setdefault(folder.path.parent, []).append(folder)
+    named = [(read_json(base / ABOUT)["study"], of) for base, of in studies.items() if (base / ABOUT).is_file()]
+    verdicts = [one for name, of in named for one in claims.verify([one for one in claims.load() if one.study == name], {name: of})]
+    return [_section("claims", "Claims", claims.summary(verdicts))] if verdicts else []
 
 
 def _section(key: str, title: str, table: Summary) -> Row:

@@ -209,6 +209,7 @@ def victims_of(config: Config) -> int:
 def _note(base: Path, cells: dict[str, Config], outcome: Outcome, seconds: float) -> None:
     """Adds a row for each cell to the study's table, in the place of what was said of it before."""
     import pandas as pd
+    from filelock import FileLock
 
     from fedsim.files import read_table, write_table
 
@@ -219,10 +220,11 @@ def _note(base: Path, cells: dict[str, Config], outcome: Outcome, seconds: float
         ]
     ).astype({"failed": object})
     path = base / CELLS
-    if path.exists():
-        old = read_table(path)
-        rows = pd.concat([old[~old["cell"].isin(rows["cell"])], rows], ignore_index=True)
-    write_table(path, rows)
+    with FileLock(base / ".cells.lock"):  # jobs of a cluster write to one table
+        if path.exists():
+            old = read_table(path)
+            rows = pd.concat([old[~old["cell"].isin(rows["cell"])], rows], ignore_index=True)
+        write_table(path, rows)
 
 
 def digest(config: Config) -> str:

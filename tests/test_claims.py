@@ -177,5 +177,9 @@ def test_verify_answers_a_study_that_was_run(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 + sum(one.study == "resolution" for one in claims.load())
     assert all(line.endswith(MISSING) for line in said[1:])  # of other evaluations, and of 64 pixels, nothing was measured
+    assert main(["report", str(out), "-o", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert all(one.claim in page for one in claims.load() if one.study == "resolution")
+    capsys.readouterr()
     assert main(["verify", "resolutoin"]) == 2
     assert "resolution" in capsys.readouterr().err

@@ -1,7 +1,11 @@
 """Studies: their files are right, and a study goes on where it stopped."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -211,3 +215,25 @@ def test_an_attack_that_fails_together_is_made_one_by_one(tiny, capsys, monkeypa
     assert main(["study", "tiny", "-o", str(tiny / "out")]) == 0
     assert "attacked one by one: MemoryError" in capsys.readouterr().out
     assert len(list((tiny / "out").glob("*/leaks.parquet"))) == 3
+
+
+def test_cells_are_jobs_of_a_launcher_of_hydra_s(tmp_path):
+    settings = [*("data.train_size=40", "data.test_size=20", "federation.clients=2", "federation.per_round=2"), "data=synthetic"]
+    listed = ",".join(f'"{one}"' for one in [*settings, "attack.evaluations=2"])
+
+    def launched(cells):
+        command = [sys.executable, "-m", "experiments.launch", "--multirun", "name=resolution", f"cell={cells}", "out=there"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            [*command, f"settings=[{listed}]"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+
+    assert launched("0,2").returncode == 0
+    rows = read_table(tmp_path / "there" / study.CELLS)
+    assert rows["failed"].isna().tolist() == [True, True]
+    beyond = launched("3")  # there are as many cells as sizes of images
+    assert beyond.returncode
+    assert "resolution has cells 0 to 2 in its quick size, got cell=3" in beyond.stderr
+
+
+ROOT = Path(study.__file__).parent.parent
