@@ -161,6 +161,7 @@ SHORTER = {
     "fedsim table": [],
     "fedsim report": [],
     "fedsim leaderboard": [],
+    "fedsim verify": [],
     "fedsim list": [],
     "fedsim doctor": [],
 }
