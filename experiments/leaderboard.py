@@ -4,6 +4,7 @@ One page in Markdown. Its numbers are those of the summary table and its verdict
 order. Runs under other conditions (data, model, training) have a table of their own: nothing is ranked across them.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -160,7 +161,7 @@ def _made_with(folders: Sequence[RunFolder]) -> list[str]:
     said.append(f"Hardware: {'; '.join(machines)}.")
     versions = _distinct(", ".join(f"{name} {version}" for name, version in one["packages"].items()) for one in made)
     said.append(f"Versions: {'; '.join(versions)}.")
-    commands = _distinct(f"`{one['command']}`" for one in made)
+    commands = _distinct(f"`{re.sub(' (-o|--out)[ =][^ ]+', '', one['command'])}`" for one in made)  # where to is no matter
     begun = sorted(one["started"] for one in made)
     said.append(f"Run by {'; '.join(commands)}, between {begun[0]} and {begun[-1]}.")
     return ["Made with:", "", *(f"- {line}" for line in said)]
