@@ -344,8 +344,10 @@ def _compared(
     """In words, and the differences of pairs if all of both are in one, else the values of both."""
     one, other = (_some(found.values({**(where or {}), **side}, column, attacker)) for side in (of, than))
     means = f"{_number(column, float(one.mean()))} against {_number(column, float(other.mean()))}"
-    if one.index.is_unique and other.index.is_unique and set(one.index) == set(other.index):
-        pairs = (one - other.reindex(one.index)).to_numpy()
+    names = list(range(one.index.nlevels))
+    both = [side.groupby(level=names).agg(["mean", "count"]) for side in (one, other)]
+    if both[0].index.equals(both[1].index) and both[0]["count"].equals(both[1]["count"]):
+        pairs = (both[0]["mean"] - both[1]["mean"]).to_numpy()  # of a victim in several cells, as often on both sides, the means
         return f"{means}, {len(pairs)} pairs", [pairs], len(pairs)
     return f"{means}, n={len(one)}, {len(other)}", [one.to_numpy(), other.to_numpy()], len(one) + len(other)
 

@@ -132,7 +132,7 @@ def test_every_claim_there_is_can_be_answered(monkeypatch):
     said = claims.load()
     assert {one.study for one in said} - {claims.UNIT} <= set(study.names())
     for one in said:
-        assert one.row
+        assert isinstance(one.row, str)
         assert one.attacker in ("naive", "adaptive", "both", "any")
         if one.check in ("test", "cells"):
             continue
