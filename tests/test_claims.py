@@ -125,10 +125,13 @@ def test_names_numbers_and_lists_are_matched():
     assert not matches(settings, {"defense.levels": 16})
 
 
+SEEDS = {f"seed={seed}" for seed in range(1, 10)}  # are as the first
+
+
 def test_every_claim_there_is_can_be_answered(monkeypatch):
     monkeypatch.setattr(study, "compose", functools.lru_cache(lambda settings: compose(settings)))
     sweeping = study.sweep
-    monkeypatch.setattr(study, "sweep", lambda settings: [tuple(one) for one in sweeping(settings) if "seed=1" not in one])
+    monkeypatch.setattr(study, "sweep", lambda settings: [tuple(one) for one in sweeping(settings) if not SEEDS & set(one)])
     said = claims.load()
     assert {one.study for one in said} - {claims.UNIT} <= set(study.names())
     for one in said:
