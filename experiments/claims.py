@@ -29,8 +29,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich import box
-from rich.table import Table
 from scipy import stats
 
 from attacks.metrics import BARS, wilson
@@ -459,14 +457,3 @@ def summary(verdicts: Sequence[Verdict]) -> Summary:
 
 def _command(claim: Claim) -> str:
     return "needs a checkout with tests/ and pytest" if claim.study == UNIT else f"fedsim study {claim.study}"
-
-
-def drawn(told: Summary) -> Table:
-    """The table for a terminal."""
-    table = Table(title=told.title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in told.columns:
-        table.add_column(column)
-    for row in told.rows:
-        table.add_row(*row)
-    table.caption, table.caption_justify = "\n".join(told.notes), "left"
-    return table

@@ -409,7 +409,12 @@ def _study(arguments: argparse.Namespace) -> int:
     console.print(f"{chosen.about}\n{len(cells)} cells in {base}")
     paths, failures = study.run(cells, base, arguments.command_line, arguments.workers, arguments.max_cells, arguments.budget)
     if paths:
-        _finish([RunFolder.open(path) for path in paths], base / "figures")
+        folders = [RunFolder.open(path) for path in paths]
+        _finish(folders, base / "figures")
+        if (by_cell := study.results(folders)) is not None:
+            from experiments.table import drawn
+
+            console.print(drawn(by_cell))
     for name, why in failures.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
     if left := len(cells) - len(paths) - len(failures):
@@ -420,7 +425,7 @@ def _study(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from experiments import claims
     from experiments.progress import console
-    from experiments.table import FORMATS, written
+    from experiments.table import FORMATS, drawn, written
     from fedsim.checks import one_of
     from fedsim.run import iterate
 
@@ -439,7 +444,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     verdicts = claims.verify([claim for claim in said if claim.study in asked], folders)
     table = claims.summary(verdicts)
     if arguments.format == "text":
-        console.print(claims.drawn(table))
+        console.print(drawn(table))
     else:
         print(written(table, arguments.format), end="")
     return 0

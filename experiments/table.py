@@ -1,8 +1,11 @@
-"""The summary table of runs as Markdown, LaTeX or CSV, for papers and documents."""
+"""Tables for a terminal, and as Markdown, LaTeX or CSV for papers and documents."""
 
 import csv
 import io
 import re
+
+from rich import box
+from rich.table import Table
 
 from experiments.plots import Summary
 from fedsim.checks import one_of
@@ -23,6 +26,17 @@ def written(table: Summary, form: str = "markdown") -> str:
     """The table, what knowing nothing scores, title and notes, as text that ends with a line; CSV holds the rows alone."""
     one_of("format", form, FORMATS)
     return {"markdown": _markdown, "latex": _latex, "csv": _csv}[form](table)
+
+
+def drawn(told: Summary) -> Table:
+    """The table for a terminal."""
+    table = Table(title=told.title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in told.columns:
+        table.add_column(column)
+    for row in told.rows:
+        table.add_row(*row)
+    table.caption, table.caption_justify = "\n".join(told.notes) or None, "left"
+    return table
 
 
 def _markdown(table: Summary) -> str:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import attacks
 from attacks import metrics
 from experiments import scoring
 from experiments.config import compose
@@ -110,3 +111,18 @@ def test_victims_told_different_things_come_back_in_order():
     assert [(clients, steps) for clients, steps, _, _ in calls] == [([0, 2], 3), ([1], 5)]
     assert len({(seed, draw) for _, _, seed, draw in calls}) == 1  # everybody's chance is the same whoever else is attacked
     assert reports == [(2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("knowing", [False, True])
+def test_an_attacker_who_is_told_the_labels_has_them_in_a_run_too(setup, knowing):
+    attack = attacks.cosine_adam(iterations=2, told=True)
+    if knowing:
+        attack = attacks.Rehearsed({"tv": attack}, rehearsals=1, evaluations=2)
+    seen = [observed(setup, client=0), observed(setup, client=1)]
+    found = scoring.attacked(setup, attack, seen, generator(0, "attack"), lambda done, total: None, adaptive=knowing)
+    for one, made in zip(seen, found, strict=True):
+        assert torch.equal(made.labels.cpu(), setup.truth(one.round, one.client)[1].cpu())
+    if not knowing:
+        (together,) = scoring.attacked_together([(setup, seen)], attack, lambda done, total: None)
+        for one, other in zip(found, together, strict=True):
+            assert torch.allclose(one.images, other.images, atol=1e-4)
