@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 COMPARE ?= none,stochastic,topk,gaussian
 ARGS ?=
+# One more than cores: the tests of deployments mostly wait for Flower.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 
 .PHONY: help run test lint format lock clean
 
@@ -18,7 +20,7 @@ run: .venv/installed
 	$(BIN)/fedsim run -m setting=quickstart defense=$(COMPARE) $(ARGS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -123,7 +123,9 @@ def test_an_observation_is_what_was_sent_to_the_byte_and_nothing_else(monkeypatc
     assert fields == {"params", "packets", "num_examples", "round", "client", "buffers", "sent_buffers", "summed", "masked"} | {
         "previous",  # another observation
         "followed",
+        "chance",  # the attacker's own
     }
+    assert all(one.chance is None for one in left.seen)
 
 
 def test_nobody_is_listened_to_who_was_not_picked():
