@@ -271,7 +271,7 @@ def trend(
     values = np.concatenate(groups)
     p = {way: float(stats.kendalltau(places, values, alternative=way).pvalue) for way in ("greater", "less")}
     p = {way: 1.0 if math.isnan(one) else one for way, one in p.items()}  # all values are the same
-    text = " -> ".join(_number(column, group.mean()) for group in groups)
+    text = " → ".join(_number(column, group.mean()) for group in groups)
     return Answer(f"{text}, n={len(values)}", len(values), *_sided(p, expect == "rises"))
 
 
@@ -452,7 +452,7 @@ def summary(verdicts: Sequence[Verdict]) -> Summary:
         f"by one-sided tests at {LEVEL:.0%}, adjusted within each study (Holm); not reproduced: neither shown nor refuted",
     ]
     columns = ["row", "claim", "source", "published", "ours", "verdict"]
-    return Summary("what was published, and what was measured", columns, rows, [], notes)
+    return Summary("what was published, and what was measured", columns, rows, [], notes, words=True)
 
 
 def _command(claim: Claim) -> str:

@@ -154,6 +154,7 @@ class Summary:
     rows     what each defense costs and what it stops, a row for each attacker
     guesses  what knowing nothing scores, in the same columns
     notes    what stands below it, in lines
+    words    whether its cells are words, set flush left, or numbers
     """
 
     title: str
@@ -161,6 +162,7 @@ class Summary:
     rows: list[list[str]]
     guesses: list[list[str]]
     notes: list[str]
+    words: bool = False
 
 
 def summary(folders: Sequence[RunFolder]) -> Table:

@@ -34,7 +34,7 @@ from experiments.plots import IMAGES, KNOWING, PERFECT, TEXTS, TRIVIAL, Summary,
 from experiments.progress import size
 from experiments.scoring import STOLEN_MSE, STOLEN_TOKENS
 from experiments.statistics import LEVEL
-from experiments.study import ABOUT
+from experiments.study import ABOUT, results
 from fedsim.files import read_json, write_bytes
 from fedsim.run import RunFolder
 from fedsim.setup import build, setup_of
@@ -118,7 +118,7 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
             for (kind, attack, who), of in leaks.groupby(["kind", "attack", "attacker"], sort=False)
         ],
         "knobs": _knobs({name: of[0].config for name, of in grouped.items()}),
-        "tables": [_section("table", "Summary table", summarised(folders)), *_claims(folders)],
+        "tables": [_section("table", "Summary table", summarised(folders)), *_of_studies(folders)],
         "stages": sorted({int(round) for round in leaks["round"]}),
         "victims": album.victims,
         "images": album.images,
@@ -130,14 +130,16 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
     return page
 
 
-def _claims(folders: Sequence[RunFolder]) -> list[Row]:
-    """The verdicts on what was published of the studies that these runs are cells of."""
+def _of_studies(folders: Sequence[RunFolder]) -> list[Row]:
+    """Of the studies that these runs are cells of: the cells, where defenses and attacks do not tell them apart, and the verdicts."""
     studies: dict[Path, list[RunFolder]] = {}
     for folder in folders:
         studies.setdefault(folder.path.parent, []).append(folder)
     named = [(read_json(base / ABOUT)["study"], of) for base, of in studies.items() if (base / ABOUT).is_file()]
     verdicts = [one for name, of in named for one in claims.verify([one for one in claims.load() if one.study == name], {name: of})]
-    return [_section("claims", "Claims", claims.summary(verdicts))] if verdicts else []
+    cells = results([one for _, of in named for one in of]) if named else None
+    shown = [_section("cells", "Cells", cells)] if cells else []
+    return [*shown, _section("claims", "Claims", claims.summary(verdicts))] if verdicts else shown
 
 
 def _section(key: str, title: str, table: Summary) -> Row:

@@ -260,7 +260,7 @@ def results(folders: Sequence[Any]) -> Any:
             labels = f"{int(of['label_right'].sum())}/{len(of)}"
             rows.append([name, str(who), *rates, *score, labels, ends])
     columns = ["cell", "attacker", "stolen", "> 20 dB", "SSIM ≥ 0.6", "mean ± sd", "labels", "accuracy"]
-    return Summary("cells, over their seeds", columns, rows, [], [])
+    return Summary("cells, over their seeds", columns, rows, [], [], words=True)
 
 
 def digest(config: Config) -> str:

@@ -40,18 +40,18 @@ def drawn(told: Summary) -> Table:
 
 
 def _markdown(table: Summary) -> str:
-    body = markdown_rows(table.columns, table.rows + table.guesses)
+    body = markdown_rows(table.columns, table.rows + table.guesses, words=table.words)
     notes = [text for note in table.notes for text in ("", note)]
     return "\n".join([table.title, "", *body, *notes, ""])
 
 
-def markdown_rows(columns: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a table, its first column to the left and the others to the right."""
+def markdown_rows(columns: list[str], rows: list[list[str]], *, words: bool = False) -> list[str]:
+    """The lines of a table, its first column to the left, and the others to the right unless they are words."""
 
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(re.sub(r"([\\|<>*_`\[\]])", r"\\\1", cell).replace("\n", "; ") for cell in cells) + " |"
 
-    return [line(columns), "| " + " | ".join(["---", *["---:"] * (len(columns) - 1)]) + " |", *map(line, rows)]
+    return [line(columns), "| " + " | ".join(["---", *["---" if words else "---:"] * (len(columns) - 1)]) + " |", *map(line, rows)]
 
 
 def _latex(table: Summary) -> str:
@@ -69,7 +69,7 @@ def _latex(table: Summary) -> str:
         [
             r"\begin{table}",
             rf"\caption{{{told(caption)}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
+            rf"\begin{{tabular}}{{l{('l' if table.words else 'r') * (len(table.columns) - 1)}}}",
             r"\toprule",
             *lines([table.columns]),
             r"\midrule",

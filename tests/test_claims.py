@@ -108,7 +108,7 @@ def test_a_trend_goes_along_a_setting_and_the_numbers_are_shown():
     falls, rises = (claim("trend", **along, expect=way) for way in ("falls", "rises"))
     said = verify([falls, rises], {"dlg-noise": cells})
     assert [one.verdict for one in said] == [HOLDS, REFUTED]
-    assert said[0].ours.startswith("28.5 dB -> 23.5 dB -> 13.5 dB")
+    assert said[0].ours.startswith("28.5 dB → 23.5 dB → 13.5 dB")
 
 
 def test_many_claims_of_a_study_are_harder_to_show_than_one():
