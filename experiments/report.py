@@ -131,7 +131,7 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
 
 
 def _of_studies(folders: Sequence[RunFolder]) -> list[Row]:
-    """Of the studies that these runs are cells of: the cells, where defenses and attacks do not tell them apart, and the verdicts."""
+    """Of the studies whose cells these runs are: the cells, where defense and attack do not tell them apart, and the verdicts."""
     studies: dict[Path, list[RunFolder]] = {}
     for folder in folders:
         studies.setdefault(folder.path.parent, []).append(folder)
