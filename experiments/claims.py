@@ -6,7 +6,7 @@ A claim is checked by one of these, on victims or runs that `where` selects by t
     mean         mean of a column over victims, or of `accuracy` over runs                      expect: ">= 20"
     difference   mean of a column where `of` minus where `than`, paired where both have a victim expect: ">= 4"
     equivalent   the same difference is within +-`margin` (TOST)
-    trend        a column rises or falls along a setting, or along a list of selections (Kendall) expect: rises or falls
+    trend        a column rises or falls along the levels of a setting (Kendall)                 expect: rises or falls
     correlation  Spearman's between two columns, over the medians of cells (Fisher's z)          expect: ">= 0.7"
     cells        how many cells the full study has                                              expect: 960
     test         a test of this project shows it                                                tests/test_file.py::test_name
@@ -17,12 +17,11 @@ Each gives two one-sided p-values: that the claim is not true, and that it is. W
 import fnmatch
 import importlib.util
 import math
-import operator
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,7 +33,7 @@ from scipy import stats
 from attacks.metrics import BARS, wilson
 from experiments.config import Config
 from experiments.plots import LAST, PERFECT, Summary
-from experiments.statistics import LEVEL, holm
+from experiments.statistics import LEVEL, ROUNDING, holm
 from fedsim.checks import one_of
 from fedsim.run import RunFolder
 
@@ -72,23 +71,20 @@ class Claim:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was measured: in words, with how many, and how surely the claim is true and false."""
+    """What was measured: in words, and how surely the claim is true and false, as p-values."""
 
     ours: str
-    n: int
     holds: float
     fails: float
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim, the answer for each attacker it is asked of, and what follows from both; `p` are adjusted."""
+    """A claim, what was measured of it by each attacker it is asked of, and what follows from that."""
 
     claim: Claim
     verdict: str
     ours: str
-    n: int
-    p: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def load(path: Path = FILE) -> list[Claim]:
@@ -116,15 +112,14 @@ def load(path: Path = FILE) -> list[Claim]:
 class Results:
     """What the cells of a study say: their configurations, one flat mapping each, their rounds and their leaks."""
 
-    folders: list[RunFolder]
     settings: list[dict[str, Any]]
     leaks: list[pd.DataFrame]
     rounds: list[pd.DataFrame]
 
     @classmethod
     def of(cls, folders: Sequence[RunFolder]) -> "Results":
-        """The results of finished cells."""
-        return cls(list(folders), [flat(f.config) for f in folders], [f.leaks() for f in folders], [f.rounds() for f in folders])
+        """The results of these cells."""
+        return cls([flat(f.config) for f in folders], [f.leaks() for f in folders], [f.rounds() for f in folders])
 
     def victims(self, where: Where, column: str, attacker: str | None) -> pd.Series:
         """A column of the leaks of what is selected; the index tells victims apart, seeds and rounds too, but not cells."""
@@ -135,21 +130,20 @@ class Results:
             inside = {key: value for key, value in where.items() if key in ROWS}
             if not matches(settings, {key: value for key, value in where.items() if key not in inside}):
                 continue
-            for key, asked in inside.items():
+            for key, asked in (inside if attacker is None else {**inside, "attacker": attacker}).items():
                 leaks = leaks[[matches({key: value}, {key: asked}) for value in leaks[key]]]
-            rows = leaks
-            rows = rows if attacker is None or "attacker" not in rows else rows[rows["attacker"] == attacker]
-            keys = [rows[key] for key in ("round", "client", "image")]
-            values = _values(rows, column)
-            values.index = pd.MultiIndex.from_arrays([[settings["seed"]] * len(rows), *keys], names=["seed", *_KEYS])
+            values, keys = _values(leaks, column), [leaks[key] for key in _KEYS]
+            values.index = pd.MultiIndex.from_arrays([[settings["seed"]] * len(leaks), *keys], names=["seed", *_KEYS])
             found.append(values)
         return pd.concat(found) if found else pd.Series(dtype=float)
 
     def runs(self, where: Where, column: str) -> pd.Series:
-        """The mean of the last evaluations of a column of the rounds, of each selected run; by seed."""
+        """The mean of the last evaluations of a column of the rounds, of each selected run that came to its end; by seed."""
         found = {}
         for settings, rounds in zip(self.settings, self.rounds, strict=True):
-            if matches(settings, where) and column in rounds and len(of := rounds[rounds["round"] > 0].dropna(subset=column)):
+            if not matches(settings, where) or column not in rounds or rounds["round"].max() < settings["rounds"]:
+                continue
+            if len(of := rounds[rounds["round"] > 0].dropna(subset=column)):
                 found[settings["seed"], settings["choices.attack"]] = float(of.sort_values("round")[column].tail(LAST).mean())
         values = pd.Series(found, dtype=float)
         # Runs that differ in their attack have learned the same.
@@ -209,7 +203,11 @@ def _values(rows: pd.DataFrame, column: str) -> pd.Series:
 
 EXACT = 1e-8  # mean squared error of what counts as the very image
 
-# The checks. Each raises LookupError where nothing was measured.
+# The checks. Each raises NotMeasured where there is nothing to answer by.
+
+
+class NotMeasured(Exception):
+    """No cell of the study is what a claim asks for."""
 
 
 def rate(found: Results, attacker: str | None, *, of: str, expect: str, where: Where | None = None) -> Answer:
@@ -219,14 +217,14 @@ def rate(found: Results, attacker: str | None, *, of: str, expect: str, where: W
     k, n = int(values.sum()), len(values)
     low, high = wilson(k, n)
     p = {way: float(stats.binomtest(k, n, bound, alternative=way).pvalue) for way in ("greater", "less")}
-    return Answer(f"{k}/{n} = {k / n:.0%} [{low:.0%}, {high:.0%}]", n, *_sided(p, above))
+    return Answer(f"{k}/{n} = {k / n:.0%} [{low:.0%}, {high:.0%}]", *_sided(p, above))
 
 
 def mean(found: Results, attacker: str | None, *, of: str, expect: str, where: Where | None = None) -> Answer:
     """A t-test of the mean."""
     values = _some(found.values(where or {}, of, attacker)).to_numpy()
     bound, above = _bound(expect)
-    return Answer(f"{_told(of, values)}", len(values), *_sided(_t(values - bound), above))
+    return Answer(_told(of, values), *_sided(_t(values - bound), above))
 
 
 def difference(
@@ -234,22 +232,22 @@ def difference(
 ) -> Answer:
     """A paired t-test where victims are the same, Welch's where they are not."""
     bound, above = _bound(expect)
-    text, values, n = _compared(found, attacker, column, of, than, where)
+    text, values = _compared(found, attacker, column, of, than, where)
     p = _t(values[0] - bound) if len(values) == 1 else _welch(values[0] - bound, values[1])
-    return Answer(text, n, *_sided(p, above))
+    return Answer(text, *_sided(p, above))
 
 
 def equivalent(
     found: Results, attacker: str | None, *, column: str, of: Where, than: Where, margin: float, where: Where | None = None
 ) -> Answer:
     """Two one-sided t-tests (TOST); it fails where the difference is beyond the margin on one side."""
-    text, values, n = _compared(found, attacker, column, of, than, where)
+    text, values = _compared(found, attacker, column, of, than, where)
 
     def shifted(by: float) -> dict[str, float]:
         return _t(values[0] + by) if len(values) == 1 else _welch(values[0] + by, values[1])
 
     low, high = shifted(margin), shifted(-margin)
-    return Answer(text, n, max(low["greater"], high["less"]), min(1.0, 2 * min(low["less"], high["greater"])))
+    return Answer(text, max(low["greater"], high["less"]), min(1.0, 2 * min(low["less"], high["greater"])))
 
 
 def trend(
@@ -258,39 +256,37 @@ def trend(
     *,
     column: str,
     expect: str,
-    along: str | None = None,
-    levels: Sequence[Any] = (),
-    cells: Sequence[Where] = (),
+    along: str,
+    levels: Sequence[Any],
     where: Where | None = None,
 ) -> Answer:
-    """Kendall's rank correlation of the column with the place in the list, over victims."""
+    """Kendall's rank correlation of the column with the place of the level, over victims."""
     one_of("expect", expect, ("rises", "falls"))
-    selected = [{along: level} for level in levels] if along else list(cells)
-    groups = [_some(found.values({**(where or {}), **one}, column, attacker)).to_numpy() for one in selected]
+    groups = [_some(found.values({**(where or {}), along: level}, column, attacker)).to_numpy() for level in levels]
     places = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     values = np.concatenate(groups)
     p = {way: float(stats.kendalltau(places, values, alternative=way).pvalue) for way in ("greater", "less")}
     p = {way: 1.0 if math.isnan(one) else one for way, one in p.items()}  # all values are the same
     text = " → ".join(_number(column, group.mean()) for group in groups)
-    return Answer(f"{text}, n={len(values)}", len(values), *_sided(p, expect == "rises"))
+    return Answer(f"{text}, n={len(values)}", *_sided(p, expect == "rises"))
 
 
 def correlation(found: Results, attacker: str | None, *, columns: Sequence[str], expect: str, where: Where | None = None) -> Answer:
     """Over cells, of the medians of two columns; Fisher's z with the variance that Bonett and Wright (2000) give Spearman's."""
     bound, above = _bound(expect)
     pairs: list[tuple[float, float]] = []
-    for folder in found.folders:
-        of = Results.of([folder])
+    for settings, leaks, rounds in zip(found.settings, found.leaks, found.rounds, strict=True):
+        of = Results([settings], [leaks], [rounds])
         one, other = (of.victims(where or {}, column, attacker) for column in columns)
         if len(one):
             pairs.append((float(one.median()), float(other.median())))
     if len(pairs) < 5:
-        raise LookupError
+        raise NotMeasured
     rho = float(stats.spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic)
     spread = math.sqrt((1 + rho**2 / 2) / (len(pairs) - 3))
     z = (math.atanh(np.clip(rho, -0.999999, 0.999999)) - math.atanh(bound)) / spread
     p = {"greater": float(stats.norm.sf(z)), "less": float(stats.norm.cdf(z))}
-    return Answer(f"rho = {rho:.2f} over {len(pairs)} cells", len(pairs), *_sided(p, above))
+    return Answer(f"rho = {rho:.2f} over {len(pairs)} cells", *_sided(p, above))
 
 
 CHECKS: dict[str, Any] = {
@@ -307,14 +303,14 @@ CHECKS: dict[str, Any] = {
 
 def _some(values: pd.Series) -> pd.Series:
     if not len(values):
-        raise LookupError
+        raise NotMeasured
     return values
 
 
 def _bound(expect: str) -> tuple[float, bool]:
     """The number of ">= 0.5", and whether more is expected."""
     sign, _, number = expect.partition(" ")
-    return float(number), {">=": operator.ge, "<=": operator.le}[sign] is operator.ge
+    return float(number), one_of("expect", sign, (">=", "<=")) == ">="
 
 
 def _sided(p: Mapping[str, float], above: bool) -> tuple[float, float]:
@@ -325,20 +321,20 @@ def _t(values: np.ndarray) -> dict[str, float]:
     """One-sided p-values that the mean is above and below 0; values that are all the same are taken for certain."""
     if len(values) < 2:
         return {"greater": 1.0, "less": 1.0}
-    if np.ptp(values) < 1e-12:
-        return {"greater": float(values[0] < 0), "less": float(values[0] > 0)}
+    if np.ptp(values) < ROUNDING:
+        return {"greater": float(values[0] < -ROUNDING), "less": float(values[0] > ROUNDING)}
     return {way: float(stats.ttest_1samp(values, 0.0, alternative=way).pvalue) for way in ("greater", "less")}
 
 
 def _welch(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    if min(len(one), len(other)) < 2 or np.ptp(one) + np.ptp(other) < 1e-12:
+    if min(len(one), len(other)) < 2 or np.ptp(one) + np.ptp(other) < ROUNDING:
         return {"greater": 1.0, "less": 1.0}
     return {way: float(stats.ttest_ind(one, other, equal_var=False, alternative=way).pvalue) for way in ("greater", "less")}
 
 
 def _compared(
     found: Results, attacker: str | None, column: str, of: Where, than: Where, where: Where | None
-) -> tuple[str, list[np.ndarray], int]:
+) -> tuple[str, list[np.ndarray]]:
     """In words, and the differences of pairs if all of both are in one, else the values of both."""
     one, other = (_some(found.values({**(where or {}), **side}, column, attacker)) for side in (of, than))
     means = f"{_number(column, float(one.mean()))} against {_number(column, float(other.mean()))}"
@@ -346,8 +342,8 @@ def _compared(
     both = [side.groupby(level=names).agg(["mean", "count"]) for side in (one, other)]
     if both[0].index.equals(both[1].index) and both[0]["count"].equals(both[1]["count"]):
         pairs = (both[0]["mean"] - both[1]["mean"]).to_numpy()  # of a victim in several cells, as often on both sides, the means
-        return f"{means}, {len(pairs)} pairs", [pairs], len(pairs)
-    return f"{means}, n={len(one)}, {len(other)}", [one.to_numpy(), other.to_numpy()], len(one) + len(other)
+        return f"{means}, {len(pairs)} pairs", [pairs]
+    return f"{means}, n={len(one)}, {len(other)}", [one.to_numpy(), other.to_numpy()]
 
 
 def _number(column: str, value: float) -> str:
@@ -395,17 +391,17 @@ def _answers(claim: Claim, found: Results | None, passed: Mapping[str, bool]) ->
     try:
         who = ["naive", "adaptive"] if claim.attacker == "both" else [claim.attacker]
         return {one: CHECKS[claim.check](found, None if one == "any" else one, **claim.settings) for one in who}
-    except LookupError:
+    except NotMeasured:
         return {}
 
 
 def _certain(text: str, true: bool) -> Answer:
-    return Answer(text, 1, float(not true), float(true))
+    return Answer(text, float(not true), float(true))
 
 
 def _verdict(claim: Claim, answers: Mapping[str, Answer], p: dict[str, tuple[float, float]]) -> Verdict:
     if not answers:
-        return Verdict(claim, MISSING, "", 0)
+        return Verdict(claim, MISSING, "")
     said = {who: HOLDS if holds < LEVEL else REFUTED if fails < LEVEL else OPEN for who, (holds, fails) in p.items()}
     both = list(said.values())
     if len(both) == 1 or both[0] == both[1]:
@@ -415,11 +411,11 @@ def _verdict(claim: Claim, answers: Mapping[str, Answer], p: dict[str, tuple[flo
     else:
         verdict = OPEN if REFUTED not in both else REFUTED
     ours = "; ".join((f"{who}: " if len(answers) > 1 else "") + one.ours for who, one in answers.items())
-    return Verdict(claim, verdict, ours, max(one.n for one in answers.values()), p)
+    return Verdict(claim, verdict, ours)
 
 
 def _tests(nodes: Sequence[str]) -> dict[str, bool]:
-    """Which of these tests pass; empty where the tests are not there, as in an installed package."""
+    """Which of these tests pass, without those that are skipped; empty where there are none, as in an installed package."""
     root = Path(__file__).parent.parent
     if not nodes or not (root / "tests").is_dir() or importlib.util.find_spec("pytest") is None:
         return {}
@@ -433,11 +429,13 @@ def _tests(nodes: Sequence[str]) -> dict[str, bool]:
         if not report.exists():
             raise ValueError(f"pytest could not run the tests that claims name: {ended.stdout.strip().splitlines()[-1:]}")
         outcome: dict[str, bool] = {}
+        skipped = set()
         for case in ElementTree.parse(report).iter("testcase"):
             node = f"{case.get('classname', '').replace('.', '/')}.py::{(case.get('name') or '').partition('[')[0]}"
-            good = all(case.find(tag) is None for tag in ("failure", "error", "skipped"))
-            outcome[node] = outcome.get(node, True) and good
-    return {node: outcome[node] for node in nodes if node in outcome}
+            if case.find("skipped") is not None:
+                skipped.add(node)
+            outcome[node] = outcome.get(node, True) and all(case.find(tag) is None for tag in ("failure", "error"))
+    return {node: outcome[node] for node in nodes if node in outcome and node not in skipped}
 
 
 def summary(verdicts: Sequence[Verdict]) -> Summary:

@@ -142,13 +142,18 @@ def run(
 
 def _shared(cells: dict[str, Config], base: Path) -> int:
     """Takes over what studies in folders beside this one have finished with the very same configuration; how many cells."""
-    from fedsim.files import read_table
+    from experiments.progress import console
+    from fedsim.files import Damaged, read_table
     from fedsim.run import copied
 
     wanted = {digest(config): name for name, config in cells.items() if not (base / name).exists()}
     found = 0
     for path in sorted(base.parent.glob(f"*/{CELLS}")) if wanted else ():
-        rows = read_table(path)
+        try:
+            rows = read_table(path)
+        except Damaged as error:  # another study's
+            console.print(f"  {error}: nothing is taken over from there", style="yellow", markup=False)
+            continue
         for cell, hashed in rows.loc[rows["failed"].isna(), ["cell", "hash"]].itertuples(index=False):
             there = path.parent / cell
             if hashed in wanted and path.parent != base and (there / "config.json").is_file():

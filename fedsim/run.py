@@ -16,6 +16,7 @@ table is damaged, `RunFolder.mend` goes back to the one before. Nothing in a fol
 what its configuration names is built only if it is one of the project's own classes.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -398,16 +399,17 @@ def _checkpoint_in(path: Path) -> Checkpoint:
 
 
 def copied(source: Path, target: Path) -> None:
-    """Makes `target` what `source` is, a file or a folder. Files are shared where the file system can: none is ever written into,
-    only replaced."""
+    """Makes `target` what `source` is, a file or a folder. Files that are replaced and never written into, as a log is, are shared
+    where the file system can."""
     for file in [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file()):
         made = target / file.relative_to(source) if source.is_dir() else target
         made.parent.mkdir(parents=True, exist_ok=True)
         made.unlink(missing_ok=True)  # of a copy that was killed
-        try:
-            os.link(file, made)
-        except OSError:
-            shutil.copyfile(file, made)
+        with contextlib.suppress(OSError):
+            if file.suffix in (".safetensors", ".parquet"):
+                os.link(file, made)
+                continue
+        shutil.copyfile(file, made)
 
 
 def is_name(text: str) -> bool:

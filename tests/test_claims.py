@@ -1,6 +1,7 @@
 """Verdicts follow from what was measured, and from nothing else."""
 
 import functools
+import inspect
 
 import numpy as np
 import pandas as pd
@@ -33,7 +34,7 @@ class Cell:
             for i, db in enumerate(decibels)
         ]
         self._leaks = pd.DataFrame(rows)
-        self._rounds = pd.DataFrame({"round": [0, 1, 2], "accuracy": [0.1, None, accuracy]})
+        self._rounds = pd.DataFrame({"round": [0, 1, 20], "accuracy": [0.1, None, accuracy]})  # of as many as are the default
 
     def leaks(self):
         return self._leaks
@@ -102,6 +103,23 @@ def test_accuracy_is_that_of_runs_and_equivalence_is_shown_by_two_tests():
 NEAR = {"none": 0.0, "fp16": 0.001, "int8": -0.1}
 
 
+def test_a_run_that_was_stopped_has_no_accuracy_to_compare():
+    cells = [Cell([f"defense={d}", f"seed={s}", *more], {"naive": GOOD}, 0.5) for s in range(3) for d, more in ENDS.items()]
+    one = claim("equivalent", column="accuracy", of={"defense": "fp16"}, than={"defense": "none"}, margin=0.02)
+    assert verdict(one, *cells) == MISSING
+
+
+ENDS = {"none": [], "fp16": ["rounds=21"]}
+
+
+def test_what_is_broken_is_no_missing_measurement():
+    one = claim("rate", of="MSE < 0.03", expect=">= 0.5")
+    cell = Cell([], {"naive": GOOD})
+    del cell._leaks["client"]
+    with pytest.raises(KeyError, match="client"):
+        verdict(one, cell)
+
+
 def test_a_trend_goes_along_a_setting_and_the_numbers_are_shown():
     cells = [Cell([f"federation.batch_size={b}"], {"naive": np.array(GOOD) - 5 * b}) for b in (1, 2, 4)]
     along = {"column": "psnr_db", "along": "federation.batch_size", "levels": [1, 2, 4]}
@@ -137,6 +155,8 @@ def test_every_claim_there_is_can_be_answered(monkeypatch):
     for one in said:
         assert isinstance(one.row, str)
         assert one.attacker in ("naive", "adaptive", "both", "any")
+        if claims.CHECKS[one.check]:
+            inspect.signature(claims.CHECKS[one.check]).bind(None, None, **one.settings)
         if one.check in ("test", "cells"):
             continue
         where = one.settings.get("where", {})
@@ -163,12 +183,12 @@ def test_a_test_that_fails_refutes(tmp_path, monkeypatch):
     (tmp_path / "experiments").mkdir()
     (tmp_path / "tests" / "test_it.py").write_text(
         "import pytest\n\n@pytest.mark.parametrize('n', [1, 2])\ndef test_good(n): pass\n\n"
-        "@pytest.mark.parametrize('n', [1, 2])\ndef test_bad(n): assert n == 1\n"
+        "@pytest.mark.parametrize('n', [1, 2])\ndef test_bad(n): assert n == 1\n\ndef test_left(): pytest.skip('not here')\n"
     )
     monkeypatch.setattr(claims, "__file__", str(tmp_path / "experiments" / "claims.py"))
-    nodes = [f"tests/test_it.py::test_{name}" for name in ("good", "bad")]
+    nodes = [f"tests/test_it.py::test_{name}" for name in ("good", "bad", "left")]
     said = verify([Claim("X", claims.UNIT, "w", "s", "test", {"expect": node}) for node in nodes], {})
-    assert [one.verdict for one in said] == [HOLDS, REFUTED]
+    assert [one.verdict for one in said] == [HOLDS, REFUTED, MISSING]
 
 
 def test_verify_answers_a_study_that_was_run(tmp_path, capsys):

@@ -219,6 +219,25 @@ def test_cells_that_one_defense_has_several_of_have_a_table_of_their_own(tiny, c
     assert study.results(folders) is None
 
 
+def test_a_cell_that_a_study_beside_has_is_taken_over_and_goes_ways_of_its_own(tiny, monkeypatch, capsys):
+    assert main(["study", "tiny", "-o", str(tiny / "one")]) == 0
+    monkeypatch.setattr(runner, "start", None)  # nothing is trained again
+    assert main(["study", "tiny", "-o", str(tiny / "other")]) == 0
+    assert "3 of them finished already, 3 in other studies beside this one" in capsys.readouterr().out
+    name = "none_cosine_lbfgs_seed=0"
+    mine, theirs = (RunFolder.open(tiny / folder / name) for folder in ("other", "one"))
+    assert mine.leaks().equals(theirs.leaks())
+    log = (theirs.path / "log.txt").read_bytes()
+    assert main(["attack", str(mine.path), "attack=idlg", "attack.evaluations=2", "attacker=naive"]) == 0
+    assert len(mine.leaks()) > len(theirs.leaks())
+    assert (theirs.path / "log.txt").read_bytes() == log
+    (tiny / "one" / study.CELLS).write_bytes(b"PAR1")
+    monkeypatch.undo()
+    monkeypatch.setattr(study, "CONF", tiny)
+    assert main(["study", "tiny", "-o", str(tiny / "third"), "seed=1"]) == 0
+    assert "nothing is taken over from there" in capsys.readouterr().out
+
+
 def test_a_study_s_folder_says_which_it_is(tiny):
     assert main(["study", "tiny", "--seeds", "2", "--max-cells", "1", "-o", str(tiny / "out")]) == 0
     about = read_json(tiny / "out" / study.ABOUT)
