@@ -3,13 +3,14 @@
     python benchmarks/federation.py --quick
     python benchmarks/federation.py --case mcmahan-fedsgd --rounds 9
 
-Five ways do the same work on the same synthetic images from the same seed:
+Up to six ways do the same work on the same synthetic images from the same seed:
 
     bare torch          clients one after the other in a plain loop: autograd, torch.optim.SGD, a weighted mean of weights
     inline, 1 worker    fedsim in one process, clients one after the other
     inline, N workers   the same with a thread for each core
     vectorized          the same with all clients as one program, in chunks shared among the threads
     Ray                 the same two apps on Flower's Ray simulation, a worker process for each core
+    pfl-research        Apple's simulator in one process (`peer_pfl.py`), clients one after the other
 
 They hold the same model, take the same batches in the same order, and compute on one thread for each worker; there is no
 defense, no eavesdropper, and a test set of one image. Each has a process of its own. It is started alone, up to the end of its
@@ -23,11 +24,16 @@ first round their weights must agree to 1e-5, or nothing is printed for the case
                Not known of Ray, which computes elsewhere
     x bare     median over the turns of the ratio to bare torch in the same turn
     x Ray      how many times faster than Ray, likewise
+
+The first row is what the machine cannot be faster than on one core: the multiplications and additions in the matrix products and
+convolutions of a round, at the rate of one core on a product of two matrices of 1024 x 1024, measured just before.
+`--profile` shows in place of all that which functions one worker in one process spends a round in.
 """
 
 import argparse
 import datetime
 import importlib.util
+import logging
 import multiprocessing
 import os
 import platform
@@ -40,8 +46,9 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-# This script's folder, where `import defenses` would find the benchmark of that name; each process comes by here.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+# Not this script's folder, where `import defenses` finds the benchmark of that name, but the one above; each process comes by here.
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(HERE.parent) if Path(path).resolve() == HERE else path for path in sys.path]
 
 import numpy as np  # noqa: E402
 
@@ -60,6 +67,7 @@ from fedsim.setup import Config, Setup, one_thread, setup_of  # noqa: E402
 SEED = 0
 CORES = os.cpu_count() or 1
 BARE, ONE, ALL, TOGETHER, RAY = "bare torch", "inline, 1 worker", f"inline, {CORES} workers", "vectorized", "Ray"
+PFL = "pfl-research"
 TOLERANCE = 1e-5
 IMAGES = 500  # of each client in a local epoch
 QUICK_IMAGES = 100
@@ -162,6 +170,11 @@ def _run(way: str, config: Config, rounds: int, report: Report) -> None:
         from fedsim.engines.ray import Ray
 
         federated(Ray(), config, rounds, report)
+    elif way == PFL:
+        multiprocessing.current_process().name = "MainProcess"  # pfl takes others for the processes of a DataLoader
+        from benchmarks import peer_pfl
+
+        peer_pfl.run(config, rounds, report)
     else:
         federated(Inline(1 if way == ONE else CORES, vectorized=way == TOGETHER), config, rounds, report)
 
@@ -271,6 +284,83 @@ def _ratio(one: Runner, other: Runner) -> float:
     return statistics.median(a / b for a, b in zip(one.seconds, other.seconds, strict=True))
 
 
+def operations(config: Config) -> int:
+    """Floating-point operations of the matrix products and convolutions of a round, forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    setup = setup_of(config)
+    model, counted = setup.model(), FlopCounterMode(display=False)
+    with counted:
+        for index in setup.protocol.batches(setup.shards[0], setup.seed, 1, 0):
+            images, labels = setup.batch(index)
+            nn.functional.cross_entropy(model(images), labels).backward()
+    return counted.get_total_flops() * len(setup.shards)  # shards of one size
+
+
+def peak(side: int = 1024, times: int = 20) -> float:
+    """Floating-point operations a second of one core in float32 products of two square matrices: the best of `times`."""
+    one_thread()
+    a, b = torch.rand(2, side, side)
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds)
+
+
+def profile(case: Case, rounds: int, quick: bool, show: int = 10) -> str:
+    """The functions that one worker in one process spends its rounds in, the first round left out, by their own time."""
+    import cProfile
+    import pstats
+
+    from fedsim.engines import inline
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+
+    class Here:
+        """The thread that is profiled, in place of a pool's."""
+
+        map, shutdown = staticmethod(lambda *args: list(map(*args))), staticmethod(lambda **_: None)
+
+        def __init__(self, *_: object, **__: object) -> None:
+            one_thread()
+
+    inline.ThreadPoolExecutor = Here  # type: ignore[attr-defined]
+    profiler = cProfile.Profile()
+    done = 0
+
+    def report(seconds: float, weights: Weights) -> None:
+        nonlocal done
+        done += 1
+        if done == 1:
+            profiler.enable()
+        if done == rounds:
+            profiler.disable()
+
+    federated(Inline(1), case.config(quick), rounds, report)
+    entries = sorted(pstats.Stats(profiler).stats.items(), key=lambda item: -item[1][2])  # type: ignore[attr-defined]
+    whole = sum(values[2] for _, values in entries)
+    parts: dict[str, float] = {}
+    for (file, _, name), values in entries:
+        parts[_part(file, name)] = parts.get(_part(file, name), 0) + values[2]
+    lines = [
+        f"{own / whole:6.1%}{own / (rounds - 1):9.4f}  {part}" for part, own in sorted(parts.items(), key=lambda item: -item[1])
+    ]
+    lines = [f"{'share':>6}{'s/round':>9}", *lines, f"{'share':>6}{'s/round':>9}{'calls':>9}"]
+    for (file, line, name), (_, calls, own, _, _) in entries[:show]:
+        where = f"{'/'.join(Path(file).parts[-2:])}:{line} {name}" if line else name
+        lines.append(f"{own / whole:6.1%}{own / (rounds - 1):9.4f}{calls / (rounds - 1):9.0f}  {where}")
+    return "\n".join(lines)
+
+
+def _part(file: str, name: str) -> str:
+    """Whose function this is; compiled ones have no file."""
+    if "torch" in file or "torch" in name:
+        return "torch: its compiled operators" if file == "~" else "torch: its Python"
+    return next((part for part in ("flwr", "fedsim", "numpy") if f"/{part}/" in file or part in name), "Python and its library")
+
+
 def context(ways: list[str]) -> str:
     """What the numbers were measured on, and when."""
     import flwr
@@ -280,18 +370,23 @@ def context(ways: list[str]) -> str:
         from importlib.metadata import version
 
         packages += f", Ray {version('ray')}"
+    if PFL in ways:
+        from importlib.metadata import version
+
+        packages += f", pfl {version('pfl')}"
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return f"{now}; {CORES} cores, 1 thread for each worker; load average before {load}\n{packages}"
 
 
-def table(runners: list[Runner]) -> str:
-    """One row for each way."""
+def table(runners: list[Runner], least: float) -> str:
+    """One row for each way, and one for a round that takes `least` seconds."""
     plain = runners[0]
     ray = next((runner for runner in runners if runner.way == RAY), None)
-    rows = [
-        f"{'':20}{'start':>9}{'s/round':>9}{'fastest':>9}{'cpu':>9}{'rounds/s':>10}{'x bare':>8}" + (f"{'x Ray':>8}" if ray else "")
-    ]
+    head = f"{'':20}{'start':>9}{'s/round':>9}{'fastest':>9}{'cpu':>9}{'rounds/s':>10}{'x bare':>8}" + (
+        f"{'x Ray':>8}" if ray else ""
+    )
+    rows = [head, f"{'matrix work':20}{'':9}{least:9.4f}"]
     for runner in runners:
         median = statistics.median(runner.seconds)
         cpu = "" if runner is ray else f"{statistics.median(turn.cpu for turn in runner.turns):.3f}"
@@ -307,19 +402,27 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=CASES, help="this one only; may be repeated")
     parser.add_argument("--clients", type=int, help="so many in every round, in place of the case's number")
     parser.add_argument("--rounds", type=int, help="rounds after the first (9)")
+    parser.add_argument("--profile", action="store_true", help="show the functions that take the time instead")
     parser.add_argument("--no-ray", action="store_true", help="leave Ray out; it is, too, where it is not installed")
     arguments = parser.parse_args()
     rounds = arguments.rounds or (3 if arguments.quick else 9)
     ways = [BARE, ONE] + [ALL] * (CORES > 1) + [TOGETHER]
     if not arguments.no_ray and importlib.util.find_spec("ray"):
         ways.append(RAY)
+    if importlib.util.find_spec("pfl"):
+        ways.append(PFL)
     print(context(ways))
     for name in arguments.case or CASES:
         case = CASES[name] if arguments.clients is None else replace(CASES[name], clients=arguments.clients)
         images = f" of {QUICK_IMAGES if arguments.quick else IMAGES} images" if case.epoch else ""
         title = f"{case.title.replace('local epoch', f'local epoch{images}')}, {case.clients} clients"
         print(f"\n{name}: {title}; {rounds} rounds after the first")
-        print(table(measure(case, ways, rounds + 1, arguments.quick)), flush=True)
+        if arguments.profile:
+            print(profile(case, rounds + 1, arguments.quick), flush=True)
+            continue
+        work, rate = operations(case.config(arguments.quick)), peak()
+        print(f"{work / 1e9:.3g} GFLOP of matrix work a round; a core makes {rate / 1e9:.0f} GFLOP/s of it")
+        print(table(measure(case, ways, rounds + 1, arguments.quick), work / rate), flush=True)
 
 
 if __name__ == "__main__":
