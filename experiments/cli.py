@@ -195,7 +195,8 @@ def _command(commands: Any, name: str, do: Any, what: str) -> argparse.ArgumentP
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from experiments.config import cell_names, compose, sweep
+    from experiments.config import compose, sweep
+    from experiments.naming import cell_names
 
     if arguments.resume:
         if arguments.overrides or arguments.multirun:
@@ -409,12 +410,7 @@ def _study(arguments: argparse.Namespace) -> int:
     console.print(f"{chosen.about}\n{len(cells)} cells in {base}")
     paths, failures = study.run(cells, base, arguments.command_line, arguments.workers, arguments.max_cells, arguments.budget)
     if paths:
-        folders = [RunFolder.open(path) for path in paths]
-        _finish(folders, base / "figures")
-        if (by_cell := study.results(folders)) is not None:
-            from experiments.table import drawn
-
-            console.print(drawn(by_cell))
+        _finish([RunFolder.open(path) for path in paths], base / "figures")
     for name, why in failures.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
     if left := len(cells) - len(paths) - len(failures):

@@ -6,9 +6,6 @@ A bad choice, setting or value is a `ConfigError`: one line that names it, the c
 
 import functools
 import inspect
-import itertools
-import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,12 +45,12 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> Config:
     chosen = _check_choices(overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            known = _choices_alone(config_name, tuple(o for o in overrides if _key(o) in GROUPS))
+            known = _choices_alone(config_name, tuple(o for o in overrides if key_of(o) in GROUPS))
             for override in overrides:
                 _check_key(override, OmegaConf.to_container(known))
             composed = hydra_compose(config_name, list(overrides), return_hydra_config=True)
             for override in overrides:
-                _check_kind(_key(override), known, composed)
+                _check_kind(key_of(override), known, composed)
             named: Any = OmegaConf.to_container(composed.hydra.runtime.choices)
             del composed.hydra
             config: Any = OmegaConf.to_container(composed, resolve=True)
@@ -89,7 +86,7 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
     return [list(run) for run in runs]
 
 
-def _key(override: str) -> str:
+def key_of(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+~")
 
 
@@ -99,9 +96,9 @@ def _check_choices(overrides: Sequence[str]) -> dict[str, str]:
         if "=" not in override:
             raise ConfigError(f"{override!r} is not a setting: settings are key=value, such as defense=topk or rounds=50")
         key, value = override.split("=", 1)
-        if _key(override) not in GROUPS:
+        if key_of(override) not in GROUPS:
             continue
-        names = choices(_key(override))
+        names = choices(key_of(override))
         if "," in value:
             raise ConfigError(f"{override!r} names several choices: add -m to run them all and compare")
         if value not in names:
@@ -111,7 +108,7 @@ def _check_choices(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def _check_key(override: str, config: Any) -> None:
-    key = _key(override)
+    key = key_of(override)
     if key in GROUPS or override.startswith(("+", "~")):
         return
     node = config
@@ -165,84 +162,3 @@ def build_checked(group: str, node: Config, **more: Any) -> Any:
         wrong = message.rsplit("'", 2)[1]
         message = f"unknown setting {wrong!r}: {nearest(wrong, names)}{node['_target_']} has {', '.join(names)}"
     raise ConfigError(f"{group}: {' '.join(message.split())}")
-
-
-def label(config: Config, group: str = "defense") -> str:
-    """A short name of a choice with the settings that matter: `topk ratio=0.1`; of a defense, with what stands in the model."""
-    chosen = config["choices"]
-    name = _label(chosen[group], repr(config[group]))
-    inside = config["model"].get("bottleneck") if group == "defense" else None
-    if not inside:
-        return name
-    told = _label(chosen["model/bottleneck"], repr(inside))
-    same = chosen["model/bottleneck"] == chosen["defense"]  # defense=precode chooses it
-    return name + told.removeprefix(chosen["defense"]) if same else f"{name}, bottleneck={told}"
-
-
-def contender(config: Config) -> str:
-    """What a run is told apart by in tables and figures: its defense; its server and aggregation, and what is unusual of them,
-    unless they are honest and plain."""
-    told = label(config)
-    for group, usually, words in (("server", "honest", "server={}"), ("aggregation", "plain", "{} aggregation")):
-        if (name := config["choices"].get(group, usually)) != usually:
-            usual = compose([f"{group}={name}"])[group]
-            unusual = [f"{key}={value}" for key, value in config[group].items() if value != usual.get(key)]
-            told = " ".join([f"{told}, {words.format(name)}", *unusual])
-    return told
-
-
-def without_defense(config: Config) -> bool:
-    """Whether nothing defends this run, neither what is sent nor the model."""
-    return label(config) == "none"
-
-
-def conditions(config: Config) -> str:
-    """What a defense was tried under: the settings, without those that defend, attack, track or name a run, and without the seed.
-
-    Runs with the same conditions and seed differ in accuracy by their defense alone.
-    """
-    # What was chosen, the settings say as well.
-    left_out = ("defense", "attack", "attacker", "tap", "tracker", "seed", "name", "out", "choices")
-    kept = {key: value for key, value in config.items() if key not in left_out}
-    model = {key: value for key, value in config["model"].items() if key != "bottleneck"}
-    return json.dumps(kept | {"model": model}, sort_keys=True)
-
-
-def cell_names(configs: Sequence[Config], overrides: Sequence[Sequence[str]] = ()) -> list[str]:
-    """What the runs of a grid are called, and their folders: by defense, attack and seed, and where these do not tell by what else
-    differs in the overrides they were composed of; last by their places."""
-    names = []
-    for config in configs:
-        attack = config["choices"]["attack"] + "_adaptive" * (config["attacker"] == "adaptive")
-        names.append(f"{contender(config)}_{attack}_seed={config['seed']}".replace(" ", "_").replace("/", "-"))
-    told = [{_key(one): one.split("=", 1)[1] for one in cell} for cell in overrides] or [{}] * len(configs)
-    varied = [key for key in dict.fromkeys(itertools.chain(*told)) if len({one.get(key) for one in told}) > 1]
-    spoken = [key for key in varied if key not in ("seed", "attack", "attacker") and key.split(".")[0] != "defense"]
-    count = Counter(names)
-    for i, (name, one) in enumerate(zip(names, told, strict=True)):
-        if count[name] > 1:
-            more = [f"{key.split('.')[-1].split('/')[-1]}={one[key]}" for key in spoken if key in one]
-            names[i] = "_".join([name, *more]).translate({ord(c): "-" for c in " /"} | {ord(c): None for c in "[]\"'"})
-    count = Counter(names)
-    return [name if count[name] == 1 else f"{i:03d}_{name}" for i, name in enumerate(names)]
-
-
-@functools.lru_cache
-def _label(name: str, text: str) -> str:
-    import ast
-
-    def settings(node: Any) -> list[str]:
-        if isinstance(node, list):
-            return list(itertools.chain.from_iterable(settings(item) for item in node))
-        found = []
-        for key, value in node.items():
-            if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
-                found += settings(value)
-            elif isinstance(value, list):
-                found.append(f"{key}={'+'.join(map(str, value))}")
-            elif key != "_target_" and value is not None:
-                found.append(f"{key}={value}")
-        return found
-
-    node = ast.literal_eval(text)
-    return " ".join([name, *settings(node)])

@@ -31,7 +31,7 @@ from attacks import metrics
 from experiments import pictures, scoring
 from experiments.canvas import save
 from experiments.config import Config, build_checked
-from experiments.config import label as label_of
+from experiments.naming import label as label_of
 from experiments.runner import attack_of, attackers, check_config, environment
 from fedsim.checks import whole
 from fedsim.client import chance_seeded

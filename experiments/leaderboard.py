@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from attacks.metrics import Rate
-from experiments.config import conditions, contender, label, without_defense
+from experiments.naming import conditions, contender, label
 from experiments.plots import KNOWING, LAST, MARGIN, Summary, against_none, row_name, summarised, tables
 from experiments.report import Row, ranked
 from experiments.statistics import Difference
@@ -92,7 +92,9 @@ def _board(folders: Sequence[RunFolder]) -> tuple[list[str], int]:
         name = line["contender"]
         if name not in best or (line["strongest"], line["score"]) > (best[name]["strongest"], best[name]["score"]):
             best[name] = line
-    bare = {contender(folder.config) for folder in folders if without_defense(folder.config)}
+    by_run = {str(folder.path): contender(folder.config) for folder in folders}
+    plain = dict(zip(leaks["contender"], leaks["run"].map(by_run), strict=True))
+    bare = set(leaks.loc[leaks["bare"], "contender"])
 
     def row(place: str, line: Row) -> list[str]:
         label = line["kind"] + (KNOWING if line["stronger"] == "adaptive" else "")
@@ -102,7 +104,8 @@ def _board(folders: Sequence[RunFolder]) -> tuple[list[str], int]:
         naive = line["by"].get("naive")
         by = f"{line['attack']}, {line['stronger']}" + (f", {line['kind'].split(': ')[-1]}" if ": " in line["kind"] else "")
         name, says = line["contender"], line["says"]
-        says += f"; {stopped[name]} of {every[name]} runs did not finish" if stopped[name] else ""
+        stops, all_runs = stopped[plain[name]], every[plain[name]]
+        says += f"; {stops} of {all_runs} runs did not finish" if stops else ""
         return [place, by, numbers.pop("stolen"), f"{naive['stolen']}/{naive['n']}" if naive else "", says, *numbers.values()]
 
     others = [column for column in told.columns[1:] if column != "stolen"]
@@ -119,7 +122,7 @@ def _board(folders: Sequence[RunFolder]) -> tuple[list[str], int]:
             shown += ["", f"### {title}", "", *markdown_rows(columns, ranks)]
     if flagged := [line["contender"] for line in defended if line["flag"]]:
         shown += ["", f"Protect only against the naive attacker: {'; '.join(flagged)}."]
-    if silent := [name for name in dict.fromkeys(map(contender, _configs(folders))) if name not in best]:
+    if silent := [name for name in dict.fromkeys(map(contender, _configs(folders))) if name not in plain.values()]:
         shown += ["", f"Not attacked, and so not ranked: {'; '.join(silent)}."]
     return [*shown, *left_out, *_notes(told)], len(defended)
 

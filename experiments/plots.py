@@ -4,6 +4,7 @@ Every figure is written as PNG and as SVG, or as asked. Colours are those of Oka
 apart, and each defense has a marker of its own as well.
 """
 
+import json
 import math
 import textwrap
 import warnings
@@ -28,7 +29,7 @@ from rich.table import Table
 from attacks.metrics import BARS, Rate, success_rates
 from experiments.canvas import COLOURS, MARKERS, STYLE, frame, picture, save
 from experiments.card import GUESS
-from experiments.config import conditions, contender, without_defense
+from experiments.naming import conditions, contenders, without_defense
 from experiments.pictures import draw_trace
 from experiments.progress import size
 from experiments.scoring import ADAPTIVE, STOLEN_MSE, STOLEN_TOKENS
@@ -80,23 +81,27 @@ def draw(folders: Sequence[RunFolder], out: Path, formats: Sequence[str] = ("png
 
 
 def tables(folders: Sequence[RunFolder]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rounds and leaks of all runs, with the columns `run`, `defense` (a label; of a leak, see `_leaks_of`) and `seed`."""
+    """Rounds and leaks of all runs, with the columns `run`, `seed` and `defense`: what a run is called among these; of a leak, see
+    `_leaks_of`."""
     rounds, leaks = [], []
-    for folder in folders:
-        config = folder.config
-        about = {"run": str(folder.path), "defense": contender(config), "seed": config["seed"]}
+    for folder, name in _named(folders):
+        about = {"run": str(folder.path), "defense": name, "seed": folder.config["seed"]}
         rounds.append(folder.rounds().assign(**about))
-        leaks.append(_leaks_of(folder).assign(run=about["run"], seed=about["seed"]))
+        leaks.append(_leaks_of(folder, name).assign(run=about["run"], seed=about["seed"]))
     return _joined(rounds, ["accuracy", "defense", "run", "round"]).astype({"accuracy": float}), _joined(leaks, [])
 
 
-def _leaks_of(folder: RunFolder) -> pd.DataFrame:
-    """The leaks of a run, with a label for each kind of victim and attacker.
+def _named(folders: Sequence[RunFolder]) -> list[tuple[RunFolder, str]]:
+    return list(zip(folders, contenders([folder.config for folder in folders]), strict=True))
+
+
+def _leaks_of(folder: RunFolder, name: str) -> pd.DataFrame:
+    """The leaks of a run of this name, with a label for each kind of victim and attacker.
 
     Where updates are masked, those of masked ones and of sums have labels of their own, and so have those of an attacker who knew
     the defense. `attack` is then the method both used, and `made_by` names its reconstructions.
     """
-    leaks, name = folder.leaks(), contender(folder.config)
+    leaks = folder.leaks()
     if not len(leaks):
         return leaks
     seen = leaks["seen"] if "seen" in leaks else pd.Series("update", leaks.index)  # tables of earlier versions
@@ -125,8 +130,7 @@ def against_none(folders: Sequence[RunFolder], rounds: pd.DataFrame) -> dict[str
     """How the accuracy of each defense differs from that of no defense under the same conditions, seed by seed; worse and better
     are claimed under Holm's correction.
 
-    A run's accuracy is the mean of its last evaluations. A defense is left out that shares fewer than two seeds with runs without
-    one, or that shares them under several conditions: those are several questions.
+    A run's accuracy is the mean of its last evaluations. A defense is left out that shares fewer than two seeds with none.
     """
     none: dict[str, dict[int, float]] = defaultdict(dict)
     others: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
@@ -135,14 +139,13 @@ def against_none(folders: Sequence[RunFolder], rounds: pd.DataFrame) -> dict[str
         tested = of[of["round"] > 0].dropna(subset="accuracy")  # round 0 is the untrained model
         if len(tested) and of["round"].iloc[-1] == config["rounds"]:  # one that was stopped has learned less
             under = conditions(config)
-            ends = none[under] if without_defense(config) else others[contender(config), under]
+            ends = none[under] if without_defense(config) else others[of["defense"].iloc[0], under]
             # Runs that differ in their attack only have learned the same, and are one.
             ends[config["seed"]] = float(tested["accuracy"].tail(LAST).mean())
-    found: dict[str, list[Difference]] = defaultdict(list)
-    for (defense, under), ends in others.items():
+    costs = {}
+    for (defense, under), ends in others.items():  # conditions are part of the name where there are several
         if len(seeds := sorted(ends.keys() & none[under].keys())) > 1:
-            found[defense].append(paired([ends[seed] for seed in seeds], [none[under][seed] for seed in seeds], MARGIN))
-    costs = {defense: several[0] for defense, several in found.items() if len(several) == 1}
+            costs[defense] = paired([ends[seed] for seed in seeds], [none[under][seed] for seed in seeds], MARGIN)
     adjusted = holm([cost.p_different for cost in costs.values()])
     return {defense: replace(cost, p_different=p) for (defense, cost), p in zip(costs.items(), adjusted, strict=True)}
 
@@ -267,12 +270,12 @@ def _proof(rounds: pd.DataFrame) -> tuple[str, str]:
 def _found(folders: Sequence[RunFolder]) -> str | None:
     """A line for each kind of thing that clients' inspections found."""
     lines = []
-    for folder in folders:
+    for folder, name in _named(folders):
         found = folder.findings()
         for check, of in found.groupby("check", sort=False) if len(found) else ():
             sent = f", {of.loc[of['refused'], 'client'].nunique()} of them sent nothing" if of["refused"].any() else ""
             who = f"{of['client'].nunique()} clients found {check}, first in round {of['round'].min()}{sent}"
-            lines.append(f"{contender(folder.config)}: {who}: {of['says'].iloc[0]}")
+            lines.append(f"{name}: {who}: {of['says'].iloc[0]}")
     return "\n".join(lines) or None
 
 
@@ -538,20 +541,28 @@ _Rows = dict[str, tuple[RunFolder, pd.DataFrame]]
 
 def _pictures(folders: Sequence[RunFolder], attack: str, columns: int = 8) -> list[Callable[[], Figure]]:
     """Pages of what was stolen despite each defense, of the same victims on all."""
-    rows: _Rows = {}
-    for folder in folders:
-        leaks = _leaks_of(folder)
+    seen: set[str] = set()
+    of_same: dict[str, _Rows] = {}  # by where their originals come from
+    for folder, name in _named(folders):
+        leaks, config = _leaks_of(folder, name), folder.config
         leaks = leaks[leaks["attack"] == attack] if len(leaks) else leaks
+        whose = json.dumps([config[key] for key in ("data", "partition", "federation", "seed")], sort_keys=True)
         for label in _in_order(leaks["defense"]) if len(leaks) else ():
-            rows.setdefault(label, (folder, leaks[leaks["defense"] == label].set_index(["round", "client", "image"])))
-    tables = [table for _, table in rows.values()]
-    victims = tables[0].index
-    for table in tables[1:]:
-        # An attack on a few of a client's many images finds other ones despite each defense: then the first defense's are shown.
-        victims = shared if len(shared := victims.intersection(table.index)) else victims
-    victims = victims.sort_values()[np.unique(np.linspace(0, len(victims) - 1, columns).round().astype(int))]
-    pages = [list(rows.items())[first : first + PAGE] for first in range(0, len(rows), PAGE)]
-    return [partial(_page, dict(page), victims, attack) for page in pages]
+            if label not in seen:  # the first of its seeds
+                seen.add(label)
+                of = leaks[leaks["defense"] == label].set_index(["round", "client", "image"])
+                of_same.setdefault(whose, {})[label] = folder, of
+    pages: list[Callable[[], Figure]] = []
+    for rows in of_same.values():
+        tables = [table for _, table in rows.values()]
+        victims = tables[0].index
+        for table in tables[1:]:
+            # An attack on a few of a client's many images finds other ones despite each defense: then those of the first.
+            victims = shared if len(shared := victims.intersection(table.index)) else victims
+        victims = victims.sort_values()[np.unique(np.linspace(0, len(victims) - 1, columns).round().astype(int))]
+        parts = [list(rows.items())[first : first + PAGE] for first in range(0, len(rows), PAGE)]
+        pages += [partial(_page, dict(part), victims, attack) for part in parts]
+    return pages
 
 
 def _page(rows: _Rows, victims: pd.Index, attack: str) -> Figure:
@@ -594,8 +605,8 @@ def _page(rows: _Rows, victims: pd.Index, attack: str) -> Figure:
 def _traces(folders: Sequence[RunFolder], attack: str, out: Path, formats: Sequence[str]) -> list[Path]:
     """How the worst and the median leak of each run came about, of those whose attack recorded it."""
     made = []
-    for folder in folders:
-        leaks = _leaks_of(folder)
+    for folder, name in _named(folders):
+        leaks = _leaks_of(folder, name)
         leaks = leaks[leaks["attack"] == attack].sort_values("mse") if len(leaks) else leaks
         for place in sorted({0, (len(leaks) - 1) // 2}) if len(leaks) else ():
             round, client, image, at = (int(leaks.iloc[place][key]) for key in ("round", "client", "image", "reconstruction"))
@@ -604,9 +615,9 @@ def _traces(folders: Sequence[RunFolder], attack: str, out: Path, formats: Seque
             if trace is not None:
                 truth = setup_of(folder.config).truth(round, client)[0][image].cpu()
                 through = "_sum" if whose == SUM else ""
-                name = f"{folder.path.name}_round_{round:05d}_client_{client:05d}_image_{image}{through}"
+                file = f"{folder.path.name}_round_{round:05d}_client_{client:05d}_image_{image}{through}"
                 about = f"by {attack} from client {client}{' in a sum' * bool(through)} in round {round} of {folder.path.name}"
-                made += draw_trace(trace, truth, out / name, about, at=at, formats=formats)
+                made += draw_trace(trace, truth, out / file, about, at=at, formats=formats)
     return made
 
 

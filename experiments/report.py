@@ -28,13 +28,14 @@ from torch import Tensor
 from attacks.metrics import BARS, Rate, success_rates
 from experiments import claims
 from experiments.card import GUESS, card, obstacles
-from experiments.config import GROUPS, Config, ConfigError, compose, conditions, contender, label, without_defense
+from experiments.config import GROUPS, Config, ConfigError, compose
+from experiments.naming import conditions, contender, contenders, label, leaves, without_defense
 from experiments.pictures import moments
 from experiments.plots import IMAGES, KNOWING, PERFECT, TEXTS, TRIVIAL, Summary, of_text, sender, summarised, tables
 from experiments.progress import size
 from experiments.scoring import STOLEN_MSE, STOLEN_TOKENS
 from experiments.statistics import LEVEL
-from experiments.study import ABOUT, results
+from experiments.study import ABOUT
 from fedsim.files import read_json, write_bytes
 from fedsim.run import RunFolder
 from fedsim.setup import build, setup_of
@@ -131,15 +132,13 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
 
 
 def _of_studies(folders: Sequence[RunFolder]) -> list[Row]:
-    """Of the studies whose cells these runs are: the cells, where defense and attack do not tell them apart, and the verdicts."""
+    """The verdicts of the studies whose cells these runs are."""
     studies: dict[Path, list[RunFolder]] = {}
     for folder in folders:
         studies.setdefault(folder.path.parent, []).append(folder)
     named = [(read_json(base / ABOUT)["study"], of) for base, of in studies.items() if (base / ABOUT).is_file()]
     verdicts = [one for name, of in named for one in claims.verify([one for one in claims.load() if one.study == name], {name: of})]
-    cells = results([one for _, of in named for one in of]) if named else None
-    shown = [_section("cells", "Cells", cells)] if cells else []
-    return [*shown, _section("claims", "Claims", claims.summary(verdicts))] if verdicts else shown
+    return [_section("claims", "Claims", claims.summary(verdicts))] if verdicts else []
 
 
 def _section(key: str, title: str, table: Summary) -> Row:
@@ -152,7 +151,7 @@ def ranked(folders: Sequence[RunFolder], leaks: pd.DataFrame) -> tuple[pd.DataFr
     configs = {str(folder.path): folder.config for folder in folders}
     leaks = leaks.assign(
         kind=leaks["defense"].str.removesuffix(KNOWING),
-        contender=leaks["run"].map(lambda run: contender(configs[run])),
+        contender=leaks["run"].map(dict(zip(configs, contenders(list(configs.values())), strict=True))),
         under=leaks["run"].map(lambda run: conditions(configs[run])),
         bare=leaks["run"].map(lambda run: without_defense(configs[run])),
         score=leaks["token_accuracy"]
@@ -168,8 +167,8 @@ def ranked(folders: Sequence[RunFolder], leaks: pd.DataFrame) -> tuple[pd.DataFr
 
 def _by_contender(folders: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
     found: dict[str, list[RunFolder]] = {}
-    for folder in folders:
-        found.setdefault(contender(folder.config), []).append(folder)
+    for folder, name in zip(folders, contenders([folder.config for folder in folders]), strict=True):
+        found.setdefault(name, []).append(folder)
     return found
 
 
@@ -350,13 +349,14 @@ def _knobs(configs: dict[str, Config]) -> list[Row]:
     """For each setting of a defense that differs between contenders alike in all else: its values, and who has them."""
     found: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for name, config in configs.items():
-        settings = dict(_leaves(["defense"], config["defense"])) | dict(_leaves(["bottleneck"], config["model"].get("bottleneck")))
+        settings = dict(leaves(["defense"], config["defense"])) | dict(leaves(["bottleneck"], config["model"].get("bottleneck")))
         others = {key: config["choices"].get(key) for key in ("defense", "model/bottleneck", "server", "aggregation")}
         others |= {key: config.get(key) for key in ("server", "aggregation")}
         for path, value in settings.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 rest = {key: other for key, other in settings.items() if key != path}
-                found.setdefault((path, json.dumps([others, rest], sort_keys=True)), []).append((float(value), name))
+                alike = [others, rest, name.removeprefix(contender(config))]
+                found.setdefault((path, json.dumps(alike, sort_keys=True)), []).append((float(value), name))
     knobs = []
     for (path, _), at in found.items():
         if len(at) > 1:
@@ -365,14 +365,6 @@ def _knobs(configs: dict[str, Config]) -> list[Row]:
             title = " ".join(word for word in words if word.partition("=")[0] != knob)
             knobs.append({"title": title, "knob": knob, "at": sorted(at)})
     return knobs
-
-
-def _leaves(path: list[str], node: Any) -> list[tuple[str, Any]]:
-    """The values in a configuration's node, by their paths."""
-    inside = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-    if inside is None:
-        return [(".".join(path), node)]
-    return [leaf for key, value in inside for leaf in _leaves([*path, str(key)], value)]
 
 
 def _counts(victims: pd.DataFrame) -> Row:
@@ -465,11 +457,6 @@ def _in_words(
         f"{_many(len(folders), 'run')} on {data}: {_many(len(contenders), 'contender')}, {_many(seeds, 'seed')}, "
         f"{len(leaks)} attacks on {what} by {', '.join(leaks['attack'].unique())}."
     ]
-    under: dict[str, set[str]] = {}
-    for folder in folders:
-        under.setdefault(contender(folder.config), set()).add(conditions(folder.config))
-    if mixed := [name for name, several in under.items() if len(several) > 1]:
-        said.append(f"These join runs that differ in more than seed and attack, such as in data or model: {'; '.join(mixed)}.")
     unfinished = [run["name"] for one in contenders for run in one["runs"] if run["rounds"] < run["of"]]
     if unfinished:
         said.append(f"Not finished, and counted as far as they are: {', '.join(unfinished)}.")

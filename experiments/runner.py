@@ -21,7 +21,8 @@ from attacks.hidden_noise import hidden_noises
 from attacks.metrics import WINDOW
 from experiments import scoring
 from experiments.card import GUESS, card, defended, guarantee_of, images_behind, obstacles
-from experiments.config import Config, ConfigError, build_checked, contender, label
+from experiments.config import Config, ConfigError, build_checked
+from experiments.naming import contender, label
 from experiments.progress import Progress, console
 from experiments.tracking import Tracking, tracked
 from fedsim import federation

@@ -13,7 +13,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from experiments.config import CONF, Config, cell_names, compose, contender, sweep
+from experiments.config import CONF, Config, compose, sweep
+from experiments.naming import cell_names
 from fedsim.checks import one_of
 
 SIZES = ("quick", "full")
@@ -231,41 +231,6 @@ def _note(base: Path, cells: dict[str, Config], outcome: Outcome, seconds: float
             old = read_table(path)
             rows = pd.concat([old[~old["cell"].isin(rows["cell"])], rows], ignore_index=True)
         write_table(path, rows)
-
-
-def results(folders: Sequence[Any]) -> Any:
-    """A table of cells, over their seeds; None where defense, attack and attacker tell them apart, and so does the summary."""
-    import pandas as pd
-
-    from attacks.metrics import success_rates
-    from experiments.plots import PERFECT, Summary
-
-    cells: dict[str, list[Any]] = defaultdict(list)
-    for folder in folders:
-        cells[re.sub(r"_seed=\d+", "", folder.path.name)].append(folder)
-    told_apart = {(contender(one.config), one.config["choices"]["attack"], one.config["attacker"]) for one in folders}
-    if len(cells) <= len(told_apart):
-        return None
-    rows = []
-    for name, members in cells.items():
-        tested = [rounds["accuracy"].dropna() for one in members if "accuracy" in (rounds := one.rounds())]
-        accuracy = [float(of.iloc[-1]) for of in tested if len(of)]
-        leaks = [of for one in members if len(of := one.leaks())]
-        ends = f"{sum(accuracy) / len(accuracy):.1%}" if accuracy else ""
-        if not leaks:
-            rows.append([name, "", "", "", "", "", "", ends])
-        for who, of in pd.concat(leaks).groupby("attacker", sort=False) if leaks else ():
-            if "psnr_db" in of:
-                rates = [f"{rate.passed}/{rate.n}" for rate in success_rates(of).values()]
-                decibels = of["psnr_db"].clip(upper=PERFECT).fillna(0.0)
-                score = [f"{decibels.mean():.1f} ± {decibels.std():.1f} dB" if len(of) > 1 else f"{decibels.mean():.1f} dB"]
-            else:
-                rates = [f"{int((of['verdict'] == 'stolen').sum())}/{len(of)}", "", ""]
-                score = [f"{of['token_accuracy'].mean():.0%} in place"]
-            labels = f"{int(of['label_right'].sum())}/{len(of)}"
-            rows.append([name, str(who), *rates, *score, labels, ends])
-    columns = ["cell", "attacker", "stolen", "> 20 dB", "SSIM ≥ 0.6", "mean ± sd", "labels", "accuracy"]
-    return Summary("cells, over their seeds", columns, rows, [], [], words=True)
 
 
 def digest(config: Config) -> str:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.config import GROUPS, ConfigError, build_checked, choices, compose, label, sweep
+from experiments.config import GROUPS, ConfigError, build_checked, choices, compose, sweep
+from experiments.naming import label
 from experiments.runner import check_config
 from fedsim.defense import Defense
 from fedsim.setup import build

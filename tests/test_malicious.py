@@ -12,7 +12,8 @@ import attacks
 from attacks import metrics
 from experiments import scoring
 from experiments.card import card, obstacles
-from experiments.config import ConfigError, compose, contender
+from experiments.config import ConfigError, compose
+from experiments.naming import contender
 from experiments.plots import summary
 from experiments.runner import attack_again, attack_of, check_config, resume, start
 from fedsim import servers

@@ -17,7 +17,8 @@ from PIL import Image, ImageSequence
 from test_cli import fedsim
 
 from experiments import plots, report, runner, table
-from experiments.config import compose, contender
+from experiments.config import compose
+from experiments.naming import contender
 from fedsim.files import read_json, write_json
 from fedsim.run import RunFolder
 from fedsim.setup import setup_of

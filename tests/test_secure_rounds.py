@@ -14,7 +14,8 @@ from attacks import Rehearsed, adapted
 from attacks.evidence import believed
 from experiments import scoring
 from experiments.card import card, obstacles
-from experiments.config import compose, contender
+from experiments.config import compose
+from experiments.naming import contender
 from experiments.plots import summary
 from experiments.runner import attack_of, check_config, finished, start
 from fedsim import secure_rounds

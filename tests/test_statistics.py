@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import plots, runner
-from experiments.config import compose, conditions
+from experiments.config import compose
+from experiments.naming import conditions
 from experiments.statistics import Difference, holm, paired
 from fedsim.run import RunFolder
 
@@ -209,7 +210,9 @@ def test_one_defense_under_two_conditions_is_two_questions(recorded):
         return [recorded([0.1, 0.9], f"defense={name}", condition, seed=s) for name in ("none", "fp16") for s in (0, 1)]
 
     assert costs(runs("federation.lr=0.2")).keys() == {"fp16"}
-    assert costs([*runs("federation.lr=0.2"), *runs("federation.lr=0.3")]) == {}
+    both = [*runs("federation.lr=0.2"), *runs("federation.lr=0.3")]
+    found = plots.against_none(both, plots.tables(both)[0])
+    assert list(found) == ["fp16 format=fp16, lr=0.2", "fp16 format=fp16, lr=0.3"]
 
 
 def test_a_run_attacked_twice_is_one_run(recorded):

@@ -12,9 +12,10 @@ import pytest
 from experiments import runner, study
 from experiments.cli import main
 from experiments.config import sweep
+from experiments.plots import summarised
 from experiments.runner import check_config
 from fedsim.files import read_json, read_table
-from fedsim.run import RunFolder, iterate
+from fedsim.run import RunFolder
 
 TINY = """# Two defenses.
 common: [data.train_size=40, data.test_size=20, federation.clients=2, federation.per_round=2, rounds=1, tap.when=end]
@@ -201,22 +202,15 @@ def test_lots_hold_cells_of_one_shape_and_keep_trainings_together(tiny):
         assert {config["choices"]["attack"] for config in lot.values()} == {"cosine_lbfgs", "idlg"}
 
 
-def test_cells_that_one_defense_has_several_of_have_a_table_of_their_own(tiny, capsys):
-    out = tiny / "out"
-    assert main(["study", "tiny", "seed=0,1", "-o", str(out)]) == 0
-    assert "cells, over their seeds" not in capsys.readouterr().out  # three defenses, each with a line in the summary
-    folders = iterate([out])
-    chosen = replace(study.load("tiny"), sweeps=[["seed=0,1", "federation.batch_size=1,2"]])
-    more, failures = study.run(chosen.cells("quick"), out, "a test", 1)
+def test_cells_that_one_defense_has_several_of_are_told_apart_by_what_differs(tiny):
+    chosen = replace(study.load("tiny"), sweeps=[["seed=0,1", "federation.batch_size=1,2", "attack.evaluations=5"]])
+    paths, failures = study.run(chosen.cells("quick"), tiny / "out", "a test", 1)
     assert not failures
-    table = study.results([RunFolder(path) for path in more])
-    assert [row[0] for row in table.rows] == [f"none_cosine_lbfgs_batch_size={size}" for size in (1, 2)]
-    for row, images in zip(table.rows, (4, 8), strict=True):
-        cell = dict(zip(table.columns, row, strict=True))
-        leaks = [RunFolder(path).leaks() for path in more if cell["cell"].replace("_batch", "_seed=0_batch") == path.name]
-        assert cell["stolen"].endswith(f"/{images}")
-        assert len(leaks) == 1
-    assert study.results(folders) is None
+    told = summarised([RunFolder(path) for path in paths])
+    rows = {row[0]: dict(zip(told.columns, row, strict=True)) for row in told.rows}
+    assert list(rows) == ["none, batch_size=1", "none, batch_size=2"]
+    for row, images in zip(rows.values(), (4, 8), strict=True):
+        assert f"/{images}," in row["stolen"]
 
 
 def test_a_cell_that_a_study_beside_has_is_taken_over_and_goes_ways_of_its_own(tiny, monkeypatch, capsys):

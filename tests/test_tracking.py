@@ -12,7 +12,8 @@ from PIL import Image
 from test_cli import fedsim
 
 from experiments import runner
-from experiments.config import compose, conditions
+from experiments.config import compose
+from experiments.naming import conditions
 from experiments.tracking import CURVES
 from fedsim.files import read_json
 from fedsim.run import RunFolder
