@@ -41,8 +41,8 @@ def contenders(configs: Sequence[Config]) -> list[str]:
     alike: dict[tuple[str, str | None], list[dict[str, str]]] = {}
     for name, config, settings in zip(plain, configs, found, strict=True):
         inside = {key: value for key, value in settings.items() if key.startswith("attack")}
-        alike.setdefault((name, config["choices"].get("attack")), []).append(inside)
         alike.setdefault((name, None), []).append({key: value for key, value in settings.items() if key not in inside})
+        alike.setdefault((name, config["choices"].get("attack")), []).append(inside)
     varied: dict[str, None] = {}
     for several in alike.values():
         keys = dict.fromkeys(itertools.chain(*several))

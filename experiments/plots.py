@@ -225,8 +225,9 @@ def row_name(label: str, attack: str, attacks: Sequence[str]) -> str:
 def _guesses(leaks: pd.DataFrame, attack: str, blank: int, text: bool) -> list[list[str]]:
     if not len(leaks):
         return []
-    # The victims are the same for every defense and attack.
-    first = leaks[(leaks["attack"] == attack) & (leaks["defense"] == leaks["defense"].iloc[0])]
+    # Each victim once: defenses and attacks mostly have the same ones, and a guess scores the same on them.
+    scores = ["typical_token_accuracy"] if text else [f"{name}_mse" for name in TRIVIAL]
+    first = leaks[leaks["attack"] == attack].drop_duplicates(["seed", "round", "client", "image", *scores])
     before = ["", "", "", *[""] * blank]
     if text:
         passed = int((first["typical_token_accuracy"] >= STOLEN_TOKENS).sum())

@@ -1,5 +1,7 @@
 """The `fedsim` command as its users meet it: what it prints, what it writes, and what its exit code is."""
 
+import csv
+import io
 import json
 import math
 import os
@@ -121,6 +123,19 @@ def test_plot_draws_how_the_worst_and_the_median_leak_came_about_where_that_was_
     assert drawn == [f"one_round_00002_client_{worst['client']:05d}_image_{worst['image']}"]
     files = {path.name for path in (tmp_path / "some" / "traces_idlg" / drawn[0]).iterdir()}
     assert files == {"panels.png", "panels.svg", "layers.png", "layers.svg", "animation.gif", "animation.webp"}
+
+
+def test_a_run_that_leaves_the_test_set_alone_has_leaks_and_no_accuracy(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert fedsim("run", *TINY, "attack=idlg", "evaluate.every=null", f"out={tmp_path}", "name=run") == 0
+    assert RunFolder(run).rounds()["accuracy"].isna().all()
+    assert "accuracy" not in {path.stem for path in (run / "figures").glob("*.png")}
+    capsys.readouterr()
+    assert fedsim("table", run, "--format", "csv") == 0
+    (row, *_) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (row["accuracy"], row["stolen"].split(",")[0].split("/")[1]) == ("", "2")
+    assert fedsim("report", run, "-o", tmp_path / "report.html") == 0
+    assert "NaN" not in (tmp_path / "report.html").read_text()
 
 
 def test_resuming_a_finished_run_says_so(run, capsys):
