@@ -466,7 +466,7 @@ def _leak(leaks: pd.DataFrame, attack: str, shown: _Leak) -> Figure:
         axes.text(len(every) - 0.42, level, text, ha="right", va=side, fontsize=8, color="#555555")
     axes.set_xticks(range(len(every)), [str(round) for round in every])
     axes.set(xlim=(-0.6, len(every) - 0.4), xlabel="round", ylabel=shown.axis)
-    axes.set_title(f"What leaks to {attack}: lines are medians, open marks did not converge")
+    axes.set_title(f"What leaks to {attack}: lines are medians, open marks did not converge", loc="left")
     _legend(axes, beside=True)
     return figure
 

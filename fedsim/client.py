@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -16,7 +16,7 @@ from torch.func import functional_call
 from fedsim.defense import State, hooks_of
 from fedsim.files import read_tensors, write_json, write_tensors
 from fedsim.inspection import Finding, Inspection, Refused
-from fedsim.records import ARRAYS, CONFIG, METRICS, SENDER, client_of, reply_of, tensors_of
+from fedsim.records import ARRAYS, CONFIG, METRICS, SENDER, client_of, record, reply_of, tensors_of
 from fedsim.secure_aggregation import Secure
 from fedsim.secure_rounds import answer_steps, masked_reply, shares_in
 from fedsim.seeding import generator, global_stream, seed_of
@@ -48,7 +48,7 @@ def client_app(
     def train(message: Message, context: Context) -> Message:
         one_thread()
         setup, client = setup_of(config), client_of(context)
-        order = message.content.config_records[CONFIG]
+        order = record(message.content, ConfigRecord, CONFIG)
         round = int(order["server-round"])  # type: ignore[arg-type]
         secure = isinstance(setup.aggregation, Secure)
         shares = shares_in(message, context, setup, round) if secure else {}
@@ -56,7 +56,7 @@ def client_app(
         index = setup.protocol.batches(setup.shards[client], setup.seed, round, client)
         trained, inspects = ready(round, client), setup.inspection.action != "off"
         if trained is None or inspects or secure:  # whoever has been trained along with others has no use for the broadcast
-            tensors = tensors_of(message.content.array_records[ARRAYS], setup.device)
+            tensors = tensors_of(record(message.content, ArrayRecord, ARRAYS), setup.device)
             params = {name: tensors[name] for name, _ in model.named_parameters()}
             buffers = {name: tensors[name] for name, _ in model.named_buffers()}
             images, labels = setup.batch(index[0])
@@ -90,7 +90,7 @@ def client_app(
     def evaluate_on_shard(message: Message, context: Context) -> Message:
         one_thread()
         setup, client = setup_of(config), client_of(context)
-        tensors = tensors_of(message.content.array_records[ARRAYS], setup.device)
+        tensors = tensors_of(record(message.content, ArrayRecord, ARRAYS), setup.device)
         shard = setup.shards[client]
         accuracy, loss = evaluate(model_of(setup), tensors, {}, (setup.batch(i) for i in shard.split(500)))
         metrics = MetricRecord({"num-examples": len(shard), "accuracy": accuracy, "loss": loss})

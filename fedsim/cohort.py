@@ -10,20 +10,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from flwr.app import Message
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from torch import Tensor, nn
 
 from fedsim.client import draws
 from fedsim.defense import hooks_of
-from fedsim.records import ARRAYS, CONFIG, tensors_of
+from fedsim.records import ARRAYS, CONFIG, record, tensors_of
 from fedsim.setup import Setup, model_of
 from fedsim.training import IGNORED, Batch, Trained, batch_loss, out_of_memory, stacked_loss
 
 log = logging.getLogger(__name__)
 
 MEMORY = {"cpu": 2**29, "cuda": 2**33}  # bytes that a chunk may take: fixed, since the number of clients in it decides the rounding
-FEW = 8  # clients that are not worth a program
-MANY, SMALL = 32, 2**18  # clients, and parameters, with which a program is worth it on a CPU
+FEW = 10  # clients: fewer are not worth a program
+SMALL = 2**18  # parameters, with which a program is worth it on a CPU
 COPIES = 8  # of its parameters that a client takes: its own, their gradients, the update, momentum, and what is passing
 
 
@@ -52,8 +52,8 @@ def cohort_of(setup: Setup, vectorized: bool | str, chunk: int | None = None) ->
         if setup.device.type == "cpu" and why is None:
             steps = setup.protocol.batches(setup.shards[0], setup.seed, 1, 0)
             small = sum(p.numel() for p in model_of(setup).parameters()) <= SMALL
-            if not small or clients < MANY or len(steps) > 1 or len(steps[0]) > 1:
-                why = f"faster on a CPU, but for {MANY} and more clients of a small network that send the gradient of one image"
+            if not small or clients < FEW or len(steps) > 1 or len(steps[0]) > 1:
+                why = f"faster on a CPU, but for {FEW} and more clients of a small network that send the gradient of one image"
         elif clients < FEW:
             why = why or f"fewer than {FEW} clients a round"
         if why is not None:
@@ -84,12 +84,12 @@ class Cohort:
         self._ready.clear()  # of a round before, whose app failed before it took them
         groups: dict[tuple[int, int, float], list[tuple[Message, int]]] = defaultdict(list)
         for message, client in asked:
-            order = message.content.config_records[CONFIG]
-            arrays = message.content.array_records[ARRAYS]  # one object for all, unless a server sends each another model
+            order = record(message.content, ConfigRecord, CONFIG)
+            arrays = record(message.content, ArrayRecord, ARRAYS)  # one object for all, unless a server sends each another model
             groups[id(arrays), int(order["server-round"]), float(order.get("proximal-mu", 0.0))].append((message, client))  # type: ignore[arg-type]
         for (_, round, proximal), members in groups.items():
             model = model_of(self.setup)
-            tensors = tensors_of(members[0][0].content.array_records[ARRAYS], self.setup.device)
+            tensors = tensors_of(record(members[0][0].content, ArrayRecord, ARRAYS), self.setup.device)
             params = {name: tensors[name] for name, _ in model.named_parameters()}
             buffers = {name: tensors[name] for name, _ in model.named_buffers()}
             clients = [client for _, client in members]

@@ -4,7 +4,7 @@ import functools
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from fedsim.wire import Packet, Packets, from_bytes, nbytes, pack, parts
 ARRAYS, PACKETS, BUFFERS, METRICS, CONFIG, SENDER = "arrays", "packets", "buffers", "metrics", "config", "sender"
 MASKED, VECTOR, RESTARTED = "masked", "vector", "restarted"
 
+R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)
+
 
 def arrays_of(*tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Named tensors as Flower arrays, dtypes kept."""
@@ -30,14 +32,14 @@ def held_arrays_of(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
 
 
 def _record(arrays: Mapping[str, Array]) -> ArrayRecord:
-    record = ArrayRecord()  # given them here, it would make each anew
-    record.update(arrays)
-    return record
+    made = ArrayRecord()  # given them here, it would make each anew
+    made.update(arrays)
+    return made
 
 
 class _HeldArray(Array):
     def __init__(self, array: np.ndarray) -> None:
-        self.dtype, self.shape, self.stype = str(array.dtype), array.shape, "numpy.ndarray"
+        self.dtype, self.shape, self.stype = _name_of(array.dtype), array.shape, "numpy.ndarray"
         self.__dict__["array"] = array
 
     @property
@@ -48,13 +50,52 @@ class _HeldArray(Array):
         return self.__dict__["array"].copy()
 
 
+class _HeldPacket(Array):
+    def __init__(self, packet: Packet, size: int) -> None:
+        self.dtype, self.shape, self.stype = "uint8", (size,), "numpy.ndarray"
+        self.__dict__["packet"] = packet
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        return _array_of_packet(self.__dict__["packet"]).data
+
+
+def packets_of(content: RecordDict) -> Packets:
+    """The packets of a client's reply. Raises ValueError for bytes that are none."""
+    return {name: _packet(array) for name, array in record(content, ArrayRecord, PACKETS).items()}
+
+
+def _packet(array: Array) -> Packet:
+    return array.__dict__["packet"] if isinstance(array, _HeldPacket) else from_bytes(numpy_of(array).data)
+
+
+def with_packets(content: RecordDict, packets: Packets) -> RecordDict:
+    """The same reply, whose packets were read: whoever wants them next need not, and their bytes are made again if looked at."""
+    sizes = {name: array.shape[0] for name, array in record(content, ArrayRecord, PACKETS).items()}
+    held = _record({name: _HeldPacket(packet, sizes[name]) for name, packet in packets.items()})
+    return RecordDict({**content, PACKETS: held})
+
+
+def record(content: RecordDict, kind: type[R], name: str) -> R:
+    """The record of this name. Raises KeyError without one of its kind.
+
+    Equal to `content.array_records[name]` and the like, which build a checked dictionary of them at each look.
+    """
+    if not isinstance(found := content.get(name), kind):
+        raise KeyError(f"there is no {kind.__name__} {name!r}")
+    return found
+
+
 def array_of(array: np.ndarray) -> Array:
     """Equal to `Array(array)`, which copies the data three times on its way; here it is copied once."""
     return _array(array.dtype, array.shape, np.ascontiguousarray(array).data)
 
 
 def _array(dtype: np.dtype, shape: tuple[int, ...], *data: bytes | memoryview) -> Array:
-    return Array(str(dtype), shape, "numpy.ndarray", b"".join((_npy_header(dtype, shape), *data)))
+    return Array(_name_of(dtype), shape, "numpy.ndarray", b"".join((_npy_header(dtype, shape), *data)))
+
+
+_name_of = functools.lru_cache(maxsize=64)(str)  # of a dtype: NumPy takes as long for it as for a small array
 
 
 @functools.lru_cache(maxsize=4096)
@@ -124,7 +165,7 @@ def masked_reply_of(vector: bytes, about: Mapping[str, float], num_examples: int
 
 def is_masked(reply: Message) -> bool:
     """Whether a reply is a masked vector, of which only the sum means anything."""
-    return reply.has_content() and MASKED in reply.content.array_records
+    return reply.has_content() and isinstance(reply.content.get(MASKED), ArrayRecord)
 
 
 def with_content(reply: Message, content: RecordDict) -> Message:
@@ -169,31 +210,37 @@ def _array_of_packet(packet: Packet) -> Array:
 
 def observation_of(reply: RecordDict, params: dict[str, Tensor], buffers: dict[str, Tensor], round: int) -> Observation:
     """What a reply shows to someone on its way, or a sum of replies. Raises ValueError when the packets are not packets."""
-    sender: Any = reply.config_records[SENDER]
-    if MASKED in reply.array_records:
-        codes = np.frombuffer(numpy_of(reply.array_records[MASKED][VECTOR]).data, f"<i{sender['bits'] // 8}")
+    sender: Any = record(reply, ConfigRecord, SENDER)
+    masked = isinstance(reply.get(MASKED), ArrayRecord)
+    if masked:
+        codes = np.frombuffer(numpy_of(record(reply, ArrayRecord, MASKED)[VECTOR]).data, f"<i{sender['bits'] // 8}")
         moved, changes, _ = unflattened(codes / sender["scale"], params, buffers)
         packets, sent_buffers = pack(moved), {name: t + changes[name] for name, t in buffers.items()}
     else:
-        packets = {name: from_bytes(numpy_of(array).data) for name, array in reply.array_records[PACKETS].items()}
-        sent_buffers = tensors_of(reply.array_records[BUFFERS])
+        packets, sent_buffers = packets_of(reply), tensors_of(record(reply, ArrayRecord, BUFFERS))
     return Observation(
         params=params,
         packets=packets,
-        num_examples=int(reply.metric_records[METRICS]["num-examples"]),  # type: ignore[arg-type]
+        num_examples=int(record(reply, MetricRecord, METRICS)["num-examples"]),  # type: ignore[arg-type]
         round=round,
         client=sender["client"],
         buffers=buffers,
         sent_buffers=sent_buffers,
         summed=tuple(sender["summed"]),
-        masked=MASKED in reply.array_records,
+        masked=masked,
     )
 
 
 def wire_bytes(content: RecordDict) -> int:
     """Payload bytes of all arrays of a message, without Flower's own framing."""
     return sum(
-        math.prod(array.shape) * np.dtype(array.dtype).itemsize
-        for record in content.array_records.values()
-        for array in record.values()
+        math.prod(array.shape) * _itemsize(array.dtype)
+        for part in content.values()
+        if isinstance(part, ArrayRecord)
+        for array in part.values()
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _itemsize(dtype: str) -> int:
+    return np.dtype(dtype).itemsize

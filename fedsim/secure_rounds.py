@@ -36,6 +36,7 @@ from fedsim.records import (
     is_masked,
     masked_reply_of,
     numpy_of,
+    record,
     reply_of,
     tensors_of,
     unflattened,
@@ -83,13 +84,13 @@ def check_averages(strategy: Strategy) -> None:
 
 
 def _sent(**entries: bytes) -> RecordDict:
-    record = ArrayRecord()
-    record.update({name: array_of(np.frombuffer(data, np.uint8)) for name, data in entries.items()})
-    return RecordDict({SECURE: record})
+    made = ArrayRecord()
+    made.update({name: array_of(np.frombuffer(data, np.uint8)) for name, data in entries.items()})
+    return RecordDict({SECURE: made})
 
 
 def _bytes(content: RecordDict, name: str) -> bytes:
-    return bytes_of(content.array_records[SECURE][name])
+    return bytes_of(record(content, ArrayRecord, SECURE)[name])
 
 
 def _table(entries: Mapping[int, bytes]) -> bytes:
@@ -113,7 +114,7 @@ def answer_steps(app: ClientApp, config: Config) -> None:
     @app.query("advertise")
     def _(message: Message, context: Context) -> Message:
         setup, client = setup_of(config), client_of(context)
-        round = int(message.content.config_records[CONFIG]["server-round"])  # type: ignore[arg-type]
+        round = int(record(message.content, ConfigRecord, CONFIG)["server-round"])  # type: ignore[arg-type]
         examples, session = len(setup.examples(round, client)), _secure(setup).session(context.run_id, round)
         secrets, advert = advertise(client, examples, session, _entropy(setup, round, client))
         _keep(context, secrets)
@@ -138,7 +139,7 @@ def answer_steps(app: ClientApp, config: Config) -> None:
 def shares_in(message: Message, context: Context, setup: Setup, round: int) -> dict[int, bytes]:
     """The shares that other clients sent along with the broadcast. Raises Rejected where a server asks for an update without."""
     client = client_of(context)
-    if SECURE not in message.content.array_records or SECURE not in context.state:
+    if SECURE not in message.content or SECURE not in context.state:
         raise Rejected(f"client {client} was asked for its update, and this run has aggregation=secure: it sends none unmasked")
     if _kept(context).session != _secure(setup).session(context.run_id, round):
         raise Rejected(f"client {client} was asked for its vector of round {round}, and has advertised no keys for that round")
@@ -199,11 +200,11 @@ def _keep(context: Context, secrets: Secrets) -> None:
 def _kept(context: Context) -> Secrets:
     if SECURE not in context.state:
         raise Rejected(f"client {client_of(context)} has no secrets: it advertised no keys, or has revealed its shares already")
-    record: Any = context.state.config_records[SECURE]
-    cipher_seed, mask_seed, self_seed = record["seeds"]
-    held = {client: (both[:SECRET], both[SECRET:]) for client, both in _entries(record["held"], 2 * SECRET).items()}
-    adverts = Advert.all_from(record["adverts"])
-    return Secrets(record["session"], record["client"], cipher_seed, mask_seed, self_seed, adverts, held)
+    kept: Any = record(context.state, ConfigRecord, SECURE)
+    cipher_seed, mask_seed, self_seed = kept["seeds"]
+    held = {client: (both[:SECRET], both[SECRET:]) for client, both in _entries(kept["held"], 2 * SECRET).items()}
+    adverts = Advert.all_from(kept["adverts"])
+    return Secrets(kept["session"], kept["client"], cipher_seed, mask_seed, self_seed, adverts, held)
 
 
 # The server.
@@ -295,7 +296,7 @@ class SecureStrategy(Forwarding):
         for reply in replies:
             if is_masked(reply):
                 client, template = client_at[reply.metadata.src_node_id], reply
-                masked[client] = self.aggregation.from_bytes(numpy_of(reply.content.array_records[MASKED][VECTOR]).data)
+                masked[client] = self.aggregation.from_bytes(numpy_of(record(reply.content, ArrayRecord, MASKED)[VECTOR]).data)
                 if len(masked[client]) != size:
                     raise FederationError(f"client {client} sent {len(masked[client])} masked entries, and the model takes {size}")
         self._enough("clients sent a masked update", masked)

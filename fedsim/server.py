@@ -35,13 +35,15 @@ from fedsim.records import (
     is_masked,
     numpy_of,
     observation_of,
+    packets_of,
+    record,
     tensors_of,
     wire_bytes,
     with_content,
     with_error,
+    with_packets,
 )
 from fedsim.seeding import seed_of
-from fedsim.wire import from_bytes
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +122,8 @@ class UpdateStrategy(Forwarding):
 
     def _weights(self, reply: Message, seen: Observation) -> Message:
         update = seen.update
-        after = {name: _step(t.numpy(), update[name].numpy(), self.scale) for name, t in self._params.items()}
-        content = RecordDict({ARRAYS: held_arrays_of(after), METRICS: reply.content.metric_records[METRICS]})
+        after = {name: _moved(t.numpy(), update[name].numpy(), self.scale) for name, t in self._params.items()}
+        content = RecordDict({ARRAYS: held_arrays_of(after), METRICS: record(reply.content, MetricRecord, METRICS)})
         return with_content(reply, content)
 
     def _mean_buffers(self, seen: list[Observation]) -> dict[str, np.ndarray]:
@@ -140,13 +142,16 @@ def _record_of(arrays: dict[str, np.ndarray]) -> ArrayRecord:
     return ArrayRecord({name: array_of(array) for name, array in arrays.items()})
 
 
-def _step(before: np.ndarray, update: np.ndarray, scale: float) -> np.ndarray:
-    """`before - scale * update`, written over `update`. In NumPy: torch would wait for all cores, some of which are busy."""
-    return np.subtract(before, np.multiply(update, scale, out=update), out=update)
+def _moved(before: np.ndarray, update: np.ndarray, scale: float) -> np.ndarray:
+    """`before - scale * update`. In NumPy: torch would wait for all cores, some of which are busy."""
+    if scale == 1:
+        return before - update
+    after = np.multiply(update, scale)
+    return np.subtract(before, after, out=after)
 
 
 def _sender(reply: Message) -> int:
-    return int(reply.content.config_records[SENDER]["client"]) if reply.has_content() else -1  # type: ignore[arg-type]
+    return int(record(reply.content, ConfigRecord, SENDER)["client"]) if reply.has_content() else -1  # type: ignore[arg-type]
 
 
 class PinningStrategy(Forwarding):
@@ -220,68 +225,74 @@ class CheckedStrategy(Forwarding):
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        return super().aggregate_train(server_round, [self._checked(reply, self._flaw) for reply in replies])
+        return super().aggregate_train(server_round, [self._checked(reply, self._with_update) for reply in replies])
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        return super().aggregate_evaluate(server_round, [self._checked(reply, self._flaw_of_metrics) for reply in replies])
+        return super().aggregate_evaluate(server_round, [self._checked(reply, self._with_metrics) for reply in replies])
 
-    def _checked(self, reply: Message, flaw_of: Callable[[Message], str | None]) -> Message:
+    def _checked(self, reply: Message, read: Callable[[Message], Message]) -> Message:
         client = self._clients.get(reply.metadata.src_node_id)
         if reply.has_error():
             return with_error(reply, f"client {client}: {reply.error.reason}")
         if is_masked(reply):
             return reply
         try:
-            flaw = flaw_of(reply)
+            return read(reply)
+        except _Flaw as error:
+            flaw = str(error)
         except Exception as error:  # whatever reading it raises, what was sent is to blame
             flaw = f"it cannot be read: {type(error).__name__}: {error}"
-        return reply if flaw is None else with_error(reply, f"client {client}: {flaw}")
+        return with_error(reply, f"client {client}: {flaw}")
 
-    def _flaw(self, reply: Message) -> str | None:
-        """What is wrong with an update, if anything."""
+    def _with_update(self, reply: Message) -> Message:
+        """The reply with its packets read. Raises _Flaw where something is wrong with it."""
         content, client = reply.content, self._clients.get(reply.metadata.src_node_id)
-        if (says := content.config_records[SENDER]["client"]) != client:
-            return f"it says that it comes from client {says!r}"
-        if flaw := self._flaw_of_metrics(reply):
-            return flaw
-        update = content.array_records[PACKETS]
-        statistics = content.array_records[BUFFERS]
+        if (says := record(content, ConfigRecord, SENDER)["client"]) != client:
+            raise _Flaw(f"it says that it comes from client {says!r}")
+        self._with_metrics(reply)
+        update, statistics = record(content, ArrayRecord, PACKETS), record(content, ArrayRecord, BUFFERS)
         for sent, names in ((update, self._like.keys() - self.buffers), (statistics, self.buffers)):
             if sent.keys() != names:
                 missing, unknown = sorted(names - sent.keys()), sorted(sent.keys() - names)
-                return f"{missing[0]} is missing" if missing else f"{unknown[0]} is no tensor of this model"
-        for name, array in update.items():
-            packet = from_bytes(numpy_of(array).data)
+                raise _Flaw(f"{missing[0]} is missing" if missing else f"{unknown[0]} is no tensor of this model")
+        packets = packets_of(content)
+        for name, packet in packets.items():
             if packet.shape != tuple(self._like[name].shape):  # before its entries are laid out
-                return f"{name} is {packet.shape}, not {tuple(self._like[name].shape)}"
-            if flaw := _flaw_of_values(name, packet.dense()):
-                return flaw
+                raise _Flaw(f"{name} is {packet.shape}, not {tuple(self._like[name].shape)}")
+            _check_values(name, packet.dense())
         for name, t in tensors_of(statistics).items():
             like = self._like[name]
             if t.shape != like.shape or t.dtype != like.dtype:
-                return f"{name} is {t.dtype} {tuple(t.shape)}, not {like.dtype} {tuple(like.shape)}"
-            if flaw := _flaw_of_values(name, t):
-                return flaw
-        return None
+                raise _Flaw(f"{name} is {t.dtype} {tuple(t.shape)}, not {like.dtype} {tuple(like.shape)}")
+            _check_values(name, t)
+        return with_content(reply, with_packets(content, packets))
 
-    def _flaw_of_metrics(self, reply: Message) -> str | None:
-        metrics = reply.content.metric_records[METRICS]
+    def _with_metrics(self, reply: Message) -> Message:
+        """The reply. Raises _Flaw where something is wrong with what it reports."""
+        metrics = record(reply.content, MetricRecord, METRICS)
         examples = metrics["num-examples"]
         if not isinstance(examples, int) or not 1 <= examples <= MOST_EXAMPLES:
-            return f"it claims {examples!r} examples"
+            raise _Flaw(f"it claims {examples!r} examples")
         odd = [
             f"{name} is {value!r}"
             for name, value in metrics.items()
             if not isinstance(value, int | float) or not math.isfinite(value)
         ]
-        return odd[0] if odd else None
+        if odd:
+            raise _Flaw(odd[0])
+        return reply
 
 
-def _flaw_of_values(name: str, t: Tensor) -> str | None:
+class _Flaw(ValueError):
+    """What is wrong with a reply."""
+
+
+def _check_values(name: str, t: Tensor) -> None:
     if not t.numel():
-        return None
-    largest = float(t.abs().max())  # NaN if any entry is
-    return None if largest <= LARGEST else f"an entry of {name} is {largest:g}, and none may be above {LARGEST:g}"
+        return
+    low, high = (float(end) for end in t.aminmax())  # both NaN if any entry is
+    if not max(-low, high) <= LARGEST:
+        raise _Flaw(f"an entry of {name} is {max(-low, high):g}, and none may be above {LARGEST:g}")
 
 
 class MeteredStrategy(Forwarding):

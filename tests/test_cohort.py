@@ -73,10 +73,10 @@ def test_a_cpu_trains_one_by_one_unless_it_is_told_to():
     setup = setup_of(config())
     cohort, why = cohort_of(setup, "auto")
     assert cohort is None
-    assert why.startswith("one by one: faster on a CPU, but for 32 and more clients")
-    many = FEDSGD | {"clients": 40, "per_round": 32, "batch_size": 1}
+    assert why.startswith("one by one: faster on a CPU, but for 10 and more clients")
+    many = FEDSGD | {"clients": 40, "per_round": 10, "batch_size": 1}
     assert cohort_of(setup_of(config(federation=many)), "auto")[1] == "as one program"
-    for slower in ({"batch_size": 2}, {"per_round": 31}, {"_target_": "fedsim.protocols.FedAvg", "steps": 2}):
+    for slower in ({"batch_size": 2}, {"per_round": 9}, {"_target_": "fedsim.protocols.FedAvg", "steps": 2}):
         assert cohort_of(setup_of(config(federation=many | slower, data={**config()["data"], "train_size": 80})), "auto")[0] is None
     assert cohort_of(setup, False) == (None, "one by one")
     assert cohort_of(setup, True)[1] == "as one program"

@@ -7,12 +7,13 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from flwr.app import ArrayRecord, MetricRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from defenses import UniformQuantization
-from fedsim.records import PACKETS, reply_of, wire_bytes
+from fedsim.records import METRICS, PACKETS, packets_of, record, reply_of, wire_bytes, with_packets
 from fedsim.seeding import generator
 from fedsim.wire import (
     FORMATS,
@@ -192,6 +193,26 @@ def test_flower_counts_what_we_count_but_for_a_constant_a_tensor():
     (small, tensors), (large, _) = over(1), over(101)
     assert small // tensors <= 200
     assert abs(large - small) <= 8 * tensors  # a longer shape is written in a digit more
+
+
+def test_packets_that_were_read_are_those_that_were_sent_and_can_be_sent_on():
+    packets = {f"layer{i}": packet_of((i + 2, 11), *how) for i, how in enumerate([(None, 4), (0.02, None), (0.5, 8), (None, None)])}
+    sent = reply_of(packets, {}, 3, 0.5, 1)
+    read = with_packets(sent, packets_of(sent))
+    assert wire_bytes(read) == wire_bytes(sent)
+    found = packets_of(read)
+    assert all(found[name] is packets_of(read)[name] for name in packets)  # not read again
+    for name, array in record(read, ArrayRecord, PACKETS).items():
+        assert array.data == record(sent, ArrayRecord, PACKETS)[name].data
+        assert torch.equal(found[name].dense(), packets[name].dense())
+
+
+def test_a_record_of_another_kind_is_not_there():
+    content = reply_of({}, {}, 3, 0.5, 1)
+    assert record(content, MetricRecord, METRICS)["num-examples"] == 3
+    for kind, name in ((ArrayRecord, METRICS), (MetricRecord, "unknown")):
+        with pytest.raises(KeyError, match=f"there is no {kind.__name__} '{name}'"):
+            record(content, kind, name)
 
 
 def test_weights_would_not_keep_the_levels_of_an_update():
