@@ -36,7 +36,9 @@ def contender(config: Config) -> str:
 
 def contenders(configs: Sequence[Config]) -> list[str]:
     """What each of these runs is called among them: its `contender`, and the settings by which runs of one contender differ, as in
-    `none, model=lenet side=16`; those of the attack, where runs of one attack do. Seeds, taps and attackers tell nobody apart."""
+    `none, model=lenet side=16`; those of the attack, where runs of one attack do. Seeds, taps and attackers tell nobody apart, nor
+    does what changes no result.
+    """
     plain, found = [contender(config) for config in configs], [_settings(config) for config in configs]
     alike: dict[tuple[str, str | None], list[dict[str, str]]] = {}
     for name, config, settings in zip(plain, configs, found, strict=True):
@@ -58,12 +60,17 @@ def contenders(configs: Sequence[Config]) -> list[str]:
 
 def _settings(config: Config) -> dict[str, str]:
     """The values that tell contenders of one name apart, by their paths: the choices first."""
-    left_out = ("defense", "server", "aggregation", "attacker", "tap", "tracker", "seed", "name", "out", "choices", "setting")
-    not_named = (*left_out, "attack", "model/bottleneck")
-    chosen = {group: str(name) for group, name in config["choices"].items() if group not in not_named}
+    of_contender, no_matter = (
+        ("defense", "server", "aggregation"),
+        ("engine", "device", "evaluate", "tracker", "name", "out", "setting"),
+    )
+    left_out = (*of_contender, *no_matter, "choices", "seed", "attacker", "tap")
+    chosen = {
+        group: str(name) for group, name in config["choices"].items() if group not in (*left_out, "attack", "model/bottleneck")
+    }
     found = {}
     for path, value in leaves([], {key: value for key, value in config.items() if key not in left_out}):
-        if path.startswith("model.bottleneck"):
+        if path.startswith("model.bottleneck") or path in ("data.root", "attack.record"):
             continue
         key, value = (path.removesuffix("._target_"), value.rsplit(".", 1)[-1]) if path.endswith("._target_") else (path, value)
         found[key] = str(value)

@@ -22,6 +22,11 @@ def test_seeds_attackers_attacks_and_taps_do_not_tell_runs_apart():
     assert set(found) == {"none"}
 
 
+def test_what_changes_no_result_does_not_tell_runs_apart():
+    found = called([], ["engine=ray"], ["engine.workers=1", "evaluate.every=null"], ["data.root=/elsewhere", "attack.record=5"])
+    assert set(found) == {"none"}
+
+
 @pytest.mark.parametrize(
     ("first", "second", "names"),
     [
