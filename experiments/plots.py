@@ -4,6 +4,7 @@ Every figure is written as PNG and as SVG, or as asked. Colours are those of Oka
 apart, and each defense has a marker of its own as well.
 """
 
+import itertools
 import json
 import math
 import textwrap
@@ -208,11 +209,12 @@ def summarised(folders: Sequence[RunFolder]) -> Summary:
         cost = [_cost(costs[defense]) if defense in costs else ""] if compared else []
         cells = [f"{final.mean():.1%}" if len(final) else "", *cost, size(sent), f"{share:.1%}", *(_proof(of) if proofs else [])]
         here = leaks[leaks["run"].isin(of["run"])] if len(leaks) else leaks
-        for label in _in_order(here["defense"]) if len(here) else [defense]:
-            for attack in attacks:
-                name = row_name(label, attack, attacks)
-                victims = here[(here["defense"] == label) & (here["attack"] == attack)] if len(here) else here
-                rows.append([name, *cells, *(_text_cells(victims) if text else _leak_cells(victims))])
+        leaked = _text_cells if text else _leak_cells
+        if not len(here):
+            rows.append([defense, *cells, *leaked(here)])
+        for label, attack in itertools.product(_in_order(here["defense"]), attacks) if len(here) else ():
+            if len(victims := here[(here["defense"] == label) & (here["attack"] == attack)]):
+                rows.append([row_name(label, attack, attacks), *cells, *leaked(victims)])
     notes = [note for note in (_compared(costs), _found(folders)) if note]
     return Summary(title, columns, rows, _guesses(leaks, attacks[0], len(compared + proofs), text), notes)
 
