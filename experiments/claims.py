@@ -138,12 +138,15 @@ class Results:
         return pd.concat(found) if found else pd.Series(dtype=float)
 
     def runs(self, where: Where, column: str) -> pd.Series:
-        """The mean of the last evaluations of a column of the rounds, of each selected run that came to its end; by seed."""
+        """The mean of the last evaluations of a column of the rounds, or that of one round, of each selected run that came to its
+        end; by seed."""
         found = {}
+        cells = {key: value for key, value in where.items() if key != "round"}
         for settings, rounds in zip(self.settings, self.rounds, strict=True):
-            if not matches(settings, where) or column not in rounds or rounds["round"].max() < settings["rounds"]:
+            if not matches(settings, cells) or column not in rounds or rounds["round"].max() < settings["rounds"]:
                 continue
-            if len(of := rounds[rounds["round"] > 0].dropna(subset=column)):
+            asked = rounds["round"] == where["round"] if "round" in where else rounds["round"] > 0
+            if len(of := rounds[asked].dropna(subset=column)):
                 found[settings["seed"], settings["choices.attack"]] = float(of.sort_values("round")[column].tail(LAST).mean())
         values = pd.Series(found, dtype=float)
         # Runs that differ in their attack have learned the same.

@@ -129,6 +129,16 @@ def test_a_trend_goes_along_a_setting_and_the_numbers_are_shown():
     assert said[0].ours.startswith("28.5 dB → 23.5 dB → 13.5 dB")
 
 
+def test_a_trend_goes_along_the_rounds_of_a_training():
+    cells = [Cell([f"seed={seed}"], {"naive": GOOD}, accuracy=0.5 + seed / 100) for seed in (0, 1, 2)]
+    for cell in cells:
+        cell._rounds = pd.DataFrame({"round": [0, 10, 15, 20], "accuracy": [0.9, 0.2, None, cell._rounds["accuracy"].iloc[-1]]})
+    said = verify([claim("trend", column="accuracy", along="round", levels=[10, 20], expect="rises")], {"dlg-noise": cells})
+    assert said[0].ours == "20.0% → 51.0%, n=6"
+    assert said[0].verdict == HOLDS
+    assert verdict(claim("trend", column="accuracy", along="round", levels=[10, 15], expect="rises"), *cells) == MISSING
+
+
 def test_many_claims_of_a_study_are_harder_to_show_than_one():
     cell = Cell([], {"naive": [30.0] * 7 + [8.0]})  # 7 of 8: p = 3.5 % of at most half
     one = claim("rate", of="MSE < 0.03", expect=">= 0.5")
