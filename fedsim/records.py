@@ -3,7 +3,7 @@
 import functools
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,9 +26,9 @@ def arrays_of(*tensors: Mapping[str, Tensor]) -> ArrayRecord:
     return _record({name: array_of(t.detach().cpu().numpy()) for group in tensors for name, t in group.items()})
 
 
-def held_arrays_of(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
-    """Arrays for a strategy in this process, which makes no bytes of them unless it looks at their `data`."""
-    return _record({name: _HeldArray(array) for name, array in arrays.items()})
+def computed_arrays_of(arrays: Mapping[str, tuple[np.ndarray, Callable[[], np.ndarray]]]) -> ArrayRecord:
+    """Arrays for a strategy in this process: what each is like, and what computes it, anew whenever the strategy looks."""
+    return _record({name: _Computed(like, compute) for name, (like, compute) in arrays.items()})
 
 
 def _record(arrays: Mapping[str, Array]) -> ArrayRecord:
@@ -37,17 +37,17 @@ def _record(arrays: Mapping[str, Array]) -> ArrayRecord:
     return made
 
 
-class _HeldArray(Array):
-    def __init__(self, array: np.ndarray) -> None:
-        self.dtype, self.shape, self.stype = _name_of(array.dtype), array.shape, "numpy.ndarray"
-        self.__dict__["array"] = array
+class _Computed(Array):
+    def __init__(self, like: np.ndarray, compute: Callable[[], np.ndarray]) -> None:
+        self.dtype, self.shape, self.stype = _name_of(like.dtype), like.shape, "numpy.ndarray"
+        self.__dict__["compute"] = compute
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
-        return array_of(self.__dict__["array"]).data
+        return array_of(self.numpy()).data
 
     def numpy(self) -> np.ndarray:
-        return self.__dict__["array"].copy()
+        return self.__dict__["compute"]()
 
 
 class _HeldPacket(Array):

@@ -6,6 +6,7 @@ Each wraps the next and changes one thing; none overrides a strategy. Secure is 
 """
 
 import contextlib
+import functools
 import logging
 import math
 import random
@@ -31,7 +32,7 @@ from fedsim.records import (
     SENDER,
     array_of,
     arrays_of,
-    held_arrays_of,
+    computed_arrays_of,
     is_masked,
     numpy_of,
     observation_of,
@@ -44,6 +45,7 @@ from fedsim.records import (
     with_packets,
 )
 from fedsim.seeding import seed_of
+from fedsim.wire import Packet
 
 log = logging.getLogger(__name__)
 
@@ -121,9 +123,9 @@ class UpdateStrategy(Forwarding):
         return _record_of({**after, **self._mean_buffers(list(seen.values()))}), metrics
 
     def _weights(self, reply: Message, seen: Observation) -> Message:
-        update = seen.update
-        after = {name: _moved(t.numpy(), update[name].numpy(), self.scale) for name, t in self._params.items()}
-        content = RecordDict({ARRAYS: held_arrays_of(after), METRICS: record(reply.content, MetricRecord, METRICS)})
+        before = {name: t.numpy() for name, t in self._params.items()}
+        after = {name: (one, functools.partial(_moved, one, seen.packets[name], self.scale)) for name, one in before.items()}
+        content = RecordDict({ARRAYS: computed_arrays_of(after), METRICS: record(reply.content, MetricRecord, METRICS)})
         return with_content(reply, content)
 
     def _mean_buffers(self, seen: list[Observation]) -> dict[str, np.ndarray]:
@@ -142,11 +144,9 @@ def _record_of(arrays: dict[str, np.ndarray]) -> ArrayRecord:
     return ArrayRecord({name: array_of(array) for name, array in arrays.items()})
 
 
-def _moved(before: np.ndarray, update: np.ndarray, scale: float) -> np.ndarray:
-    """`before - scale * update`. In NumPy: torch would wait for all cores, some of which are busy."""
-    if scale == 1:
-        return before - update
-    after = np.multiply(update, scale)
+def _moved(before: np.ndarray, packet: Packet, scale: float) -> np.ndarray:
+    """`before - scale * update`, of memory of its own. In NumPy: torch would wait for all cores, some of which are busy."""
+    after = np.multiply(packet.dense().numpy(), np.float32(scale))
     return np.subtract(before, after, out=after)
 
 
