@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +20,6 @@ os.environ["MPLBACKEND"] = "Agg"
 import torch  # noqa: E402
 
 torch.set_num_threads(1)  # numbers must not depend on the number of cores
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of few tests first: they are the long ones, and one that is begun last keeps a single worker busy in the end."""
-    tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: tests[item.path])
 
 
 def pytest_unconfigure() -> None:
