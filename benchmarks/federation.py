@@ -43,6 +43,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -366,14 +367,9 @@ def context(ways: list[str]) -> str:
     import flwr
 
     packages = f"Python {platform.python_version()}, torch {torch.__version__}, Flower {flwr.__version__}"
-    if RAY in ways:
-        from importlib.metadata import version
-
-        packages += f", Ray {version('ray')}"
-    if PFL in ways:
-        from importlib.metadata import version
-
-        packages += f", pfl {version('pfl')}"
+    packages += "".join(
+        f", {title} {version(name)}" for way, title, name in ((RAY, "Ray", "ray"), (PFL, "pfl", "pfl")) if way in ways
+    )
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return f"{now}; {CORES} cores, 1 thread for each worker; load average before {load}\n{packages}"
