@@ -25,6 +25,7 @@ from attacks.presets import (
     precode_aware,
     precode_ignore,
     precode_naive,
+    sapag,
     strongest,
     tag,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "precode_ignore",
     "precode_naive",
     "relative_gap",
+    "sapag",
     "soft_labels",
     "strongest",
     "tag",

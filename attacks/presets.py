@@ -11,7 +11,7 @@ from attacks.matching import GradientMatching
 from attacks.optimizers import LBFGS, Adam, Stop
 from attacks.rgap import RGAP
 from attacks.spear import SPEAR
-from attacks.terms import CosineGap, Gap, OutOfRange, SquaredAndAbsoluteGap, SquaredGap, SquaredPixels, TotalVariation
+from attacks.terms import CosineGap, Gap, GaussianGap, OutOfRange, SquaredAndAbsoluteGap, SquaredGap, SquaredPixels, TotalVariation
 from attacks.text import SpanCheck, TextMatching
 from fedsim.checks import one_of
 
@@ -54,6 +54,17 @@ def idlg(
     Departures: as `dlg`.
     """
     return replace(_dlg("analytic", restarts, evaluations, in_range, tv), update=update, record=record)
+
+
+def sapag(restarts: int = 1, evaluations: int = 4000, in_range: float = 0.01, tv: float = 0.0, record: int = 0) -> GradientMatching:
+    """SAPAG (Wang et al. 2020): as `idlg`, with every tensor's difference in units of that tensor, through a Gaussian kernel.
+
+    For networks whose last layers have gradients so large that those of the first, which alone see the image, do not show in a
+    sum of squares: a deep network with sigmoids.
+
+    Threat model: as `dlg`. Departures: as `dlg`; the kernel is as wide as the observed tensor's norm.
+    """
+    return replace(_dlg("analytic", restarts, evaluations, in_range, tv), gap=GaussianGap(), record=record)
 
 
 def _dlg(labels: Literal["joint", "analytic"], restarts: int, evaluations: int, in_range: float, tv: float) -> GradientMatching:

@@ -12,6 +12,7 @@ from attacks import (
     LBFGS,
     Adam,
     CosineGap,
+    GaussianGap,
     GradientMatching,
     OutOfRange,
     SquaredGap,
@@ -21,6 +22,7 @@ from attacks import (
     metrics,
 )
 from attacks.optimizers import DIVERGED, RUNNING, STALLED, Minima, Stop, minimise
+from fedsim.models import resnet20
 from fedsim.observation import Attack, Knowledge, Observation
 from fedsim.seeding import generator
 from fedsim.training import batch_loss, local_update
@@ -327,6 +329,17 @@ def test_deep_leakage_recovers_smooth_images(attack: GradientMatching) -> None:
         assert 0 < one.evaluations <= 4500
 
 
+def test_units_for_every_tensor_show_what_a_deep_network_hides_in_a_sum_of_squares() -> None:
+    deep = resnet20(SHAPE, CLASSES, norm="none", activation="sigmoid", strides=False)
+    seen, images, _ = victims(deep, [1, 1])
+    errors = {}
+    for attack in (attacks.idlg(evaluations=400), attacks.sapag(evaluations=400)):
+        found = attack(seen, KNOWN, deep, generator(0, "attack"))
+        errors[attack.gap] = [metrics.mse(one.images, x).item() for one, x in zip(found, images, strict=True)]
+    assert min(errors[SquaredGap()]) > 0.1
+    assert max(errors[GaussianGap()]) < 0.03
+
+
 def test_a_batch_of_two_is_recovered_up_to_its_order() -> None:
     model = Small()
     seen, images, labels = victims(model, [2])
@@ -404,6 +417,7 @@ def test_progress_counts_victims_to_the_end() -> None:
 PRESETS = [
     attacks.dlg(restarts=2, evaluations=12),
     attacks.idlg(restarts=2, evaluations=12),
+    attacks.sapag(restarts=2, evaluations=12),
     attacks.inverting_gradients(restarts=2, iterations=12),
     attacks.cosine_lbfgs(restarts=2, evaluations=12),
     attacks.cosine_adam(restarts=2, iterations=12, tv=1e-4),
