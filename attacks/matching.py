@@ -40,6 +40,7 @@ CHUNK = {"cpu": 48, "cuda": 1024}  # problems at a time, where memory allows: me
 MEMORY = 2**31  # bytes one chunk may take
 SMALL = 2**18  # parameters; measured, larger networks are as fast on PyTorch's kernels, and not held up by the last few searches
 ALONE = 8  # victims of a small network that are not worth a second worker
+SEES = 0.1  # of the gap that noise leaves, what a reconstruction leaves at most
 TILE = 4  # side of the pattern that init="tiles" repeats
 
 
@@ -81,7 +82,9 @@ class GradientMatching:
     matched      "all" gradients, or those "before_noise": of the layers in front of where a model first draws
     box          clamp images to [0, 1] after every step; not for LBFGS
     tolerance    largest gap / unit at which a reconstruction `converged`. On CIFAR-10 and DLG's LeNet a squared gap of 1e-3,
-                 1e-4, 1e-5, 1e-6, 1e-7 units comes with a median MSE of 0.053, 0.024, 0.009, 0.002, 0.0005
+                 1e-4, 1e-5, 1e-6, 1e-7 units comes with a median MSE of 0.053, 0.024, 0.009, 0.002, 0.0005. It must be a
+                 tenth of what noise in the place of the images leaves as well: where updates hardly depend on the images, any
+                 image has a small gap
     stop         when a start ends before its budget, by the value of what is minimised
     dtype        "float32" or "float64"
     record       keep a `Trace`: the best point at every `record`-th evaluation; 0 keeps none
@@ -251,10 +254,14 @@ class GradientMatching:
         problems = torch.arange(v, device=starts.device).repeat_interleave(r)
         gaps = in_chunks(group.gaps, minima.points.flatten(0, 1), problems, chunk).reshape(v, r)
         gaps = torch.where(minima.losses.isfinite() & gaps.isfinite(), gaps, torch.inf)
+        # A start that was not tried has no finite loss, and so is not the best.
+        noise = group.noise(minima.points[torch.arange(v), gaps.argmin(1)])
+        unseen = in_chunks(group.gaps, noise, torch.arange(v, device=starts.device), chunk)
+        most = torch.fmin(self.tolerance * group.unit, SEES * unseen)  # noise may leave no number
         seconds = time.perf_counter() - began
         spent = minima.evaluations.sum(1)
         share = (seconds * spent / spent.sum().clamp(min=1)).tolist()
-        return [self._reconstruction(group, minima, gaps[i], i, share[i], chunk) for i in range(v)]
+        return [self._reconstruction(group, minima, gaps[i], float(most[i]), i, share[i], chunk) for i in range(v)]
 
     def _minimise(self, group: "Problems", starts: Tensor, chunk: int, report: Callable[[int], None]) -> Minima:
         return minimise(
@@ -301,7 +308,7 @@ class GradientMatching:
                 torch.set_num_threads(threads)  # parts of what a worker sets are the whole process's
 
     def _reconstruction(
-        self, group: "Problems", minima: Minima, gaps: Tensor, i: int, seconds: float, chunk: int
+        self, group: "Problems", minima: Minima, gaps: Tensor, most: float, i: int, seconds: float, chunk: int
     ) -> Reconstruction:
         tried = max(1, int(minima.tried[i]))  # none, where the time was over before
         best = int(gaps[:tried].argmin())
@@ -312,7 +319,7 @@ class GradientMatching:
             images=images[best],
             labels=soft.argmax(-1),
             loss=float(gaps[best]),
-            converged=bool(gaps[best] <= self.tolerance * group.unit[i]),
+            converged=bool(gaps[best] <= most),
             starts=images,
             losses=gaps[:tried],
             evaluations=int(minima.evaluations[i].sum()),
@@ -505,6 +512,11 @@ class Problems:
     def clamp(self, points: Tensor) -> Tensor:
         """Points with their images clamped to [0, 1]."""
         return torch.cat([points[:, : self.pixels].clamp(0, 1), points[:, self.pixels :]], 1)
+
+    def noise(self, points: Tensor) -> Tensor:
+        """Points with noise from U(0, 1) in the place of their images, always the same."""
+        images = torch.rand(points.shape[0], self.pixels, generator=generator(0, "noise"))
+        return torch.cat([images.to(points), points[:, self.pixels :]], 1)
 
     def blocks(self) -> Tensor:
         """(copies * n, D) bool: the unknowns of each image, its label's logits among them."""
