@@ -144,8 +144,9 @@ def start(config: Config, path: Path, command: str, engine: Engine | None = None
     setup = setup_of(config)
     show_card(setup, config)  # before there is a folder: a run that cannot be is refused here
     folder = RunFolder.create(path, config, environment(setup, command))
-    folder.save_partition(setup.shards)
-    _go(setup, folder, None, engine, attack=attack)
+    with folder.held():
+        folder.save_partition(setup.shards)
+        _go(setup, folder, None, engine, attack=attack)
     return folder
 
 
@@ -165,12 +166,13 @@ def resume(folder: RunFolder, engine: Engine | None = None, *, attack: bool = Tr
     engine = engine or _engine(folder.config)
     setup = setup_of(folder.config)
     show_card(setup, folder.config)
-    mended = folder.mend()
-    checkpoint = folder.checkpoint()
-    folder.rewind(-1 if checkpoint is None else checkpoint.round)
-    if not (folder.path / "partition.safetensors").exists():
-        folder.save_partition(setup.shards)  # it may have been stopped before it had one
-    _go(setup, folder, checkpoint, engine, mended, attack=attack)
+    with folder.held():
+        mended = folder.mend()
+        checkpoint = folder.checkpoint()
+        folder.rewind(-1 if checkpoint is None else checkpoint.round)
+        if not (folder.path / "partition.safetensors").exists():
+            folder.save_partition(setup.shards)  # it may have been stopped before it had one
+        _go(setup, folder, checkpoint, engine, mended, attack=attack)
     return folder
 
 
@@ -273,6 +275,7 @@ def attack_together(folders: Sequence[RunFolder]) -> None:
     naive: list[tuple[Setup, RunFolder, Attacker, list[Observation]]] = []
     with contextlib.ExitStack() as stack, Progress(1) as progress:
         for setup, folder in zip(setups, folders, strict=True):
+            stack.enter_context(folder.held())
             for attacker in _attackers(setup, folder.config):
                 seen = [one for round in _unattacked(folder, attacker) for one in folder.observations(round)]
                 if attacker.adaptive or isinstance(attacker.attack, Escalation):  # whose members draw from streams of their own
@@ -303,7 +306,8 @@ def attack_again(folder: RunFolder, attack: Any, name: str, who: str = "naive") 
     seen = [one for round in folder.observed_rounds() for one in folder.observations(round)]
     if not seen:
         raise ValueError(f"{folder.path} has captured nothing to attack: run it with tap.every=5 or tap.rounds=[1]")
-    with _logged(folder.path / "log.txt"), tracked(setup, folder) as track, Progress(folder.config["rounds"]) as progress:
+    log = _logged(folder.path / "log.txt")
+    with folder.held(), log, tracked(setup, folder) as track, Progress(folder.config["rounds"]) as progress:
         for attacker in attackers(setup, attack, name, who):
             progress.leaks(_attack(setup, folder, attacker, seen, progress, track))
     console.print(f"  {name}: {progress.leak()}; {folder.path}")

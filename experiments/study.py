@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -119,7 +120,7 @@ def run(
             tell(*_lot(lot, base, command, quiet=False))
     else:
         # A fork would inherit torch's threads in an unknown state.
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool:
 
             def begin(count: int) -> dict[Future[tuple[Outcome, float]], list[str]]:
                 some = [] if late() else itertools.islice(waiting, count)
@@ -138,6 +139,18 @@ def run(
                         waiting = iter(())  # there is nobody left to run others
                 running |= begin(len(ended))
     return [base / name for name in cells if name in {*kept, *done} - failures.keys()], failures
+
+
+def _end_with_parent() -> None:
+    """Ends this process as soon as the study that started it has ended, in whatever way: it may be started again at once."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _shared(cells: dict[str, Config], base: Path) -> int:

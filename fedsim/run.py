@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fedsim.federation import Checkpoint
@@ -78,6 +79,19 @@ class RunFolder:
             raise RunError(f"{path} is not a run's folder: it has no config.json")
         check_no_links(path)
         return cls(path)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else changes the folder meanwhile. Raises RunError where somebody does; one who was killed holds nothing."""
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"another process is at work in {self.path}: wait for it, or stop it") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def config(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -20,9 +21,10 @@ from test_config import WRONG
 from experiments import cli, invert
 from experiments.canvas import FORMATS
 from experiments.config import compose
+from experiments.runner import resume
 from fedsim.data import load
 from fedsim.models import lenet
-from fedsim.run import RunFolder
+from fedsim.run import RunError, RunFolder
 from fedsim.training import local_update
 
 REPOSITORY = Path(__file__).parent.parent
@@ -87,6 +89,17 @@ def test_another_attack_adds_rows_and_keeps_the_old(run, capsys):
     assert fedsim("attack", run, "defense=topk") == 2
     assert "'defense=topk' is not a setting of an attack" in capsys.readouterr().err
     assert len(RunFolder(run).leaks()) == len(after)
+
+
+def test_two_processes_do_not_change_one_folder(run, capsys):
+    folder, told = RunFolder(run), f"another process is at work in {run}: wait for it, or stop it"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with folder.held():
+        assert fedsim("attack", run, "attack=idlg", "attack.evaluations=2") != 0
+        assert told in capsys.readouterr().err
+        with pytest.raises(RunError, match=re.escape(told)):
+            resume(folder)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_plot_draws_into_the_folder_it_is_given(run, tmp_path, capsys):

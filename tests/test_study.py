@@ -4,12 +4,13 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from experiments import runner, study
+from experiments import guard, runner, study
 from experiments.cli import main
 from experiments.config import sweep
 from experiments.plots import summarised
@@ -73,6 +74,33 @@ def test_cells_in_processes_of_their_own_give_the_same(tiny):
     for path in alone.glob("*/leaks.parquet"):
         one, other = (RunFolder.open(folder / path.parent.name).leaks().drop(columns="seconds") for folder in (alone, shared))
         assert one.equals(other)
+
+
+def test_processes_of_a_study_end_with_it(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.cli",
+        "study",
+        "resolution",
+        "data=synthetic",
+        "--workers",
+        "2",
+        "-o",
+        str(tmp_path),
+    ]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as ours:
+        while not list(tmp_path.glob("*/log.txt")):
+            assert ours.poll() is None
+            time.sleep(0.1)
+        began = guard.family({ours.pid})
+        ours.kill()
+    assert len(began) >= 3
+    end = time.monotonic() + 60
+    while began & guard.processes():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_run(tiny, capsys, monkeypatch):
