@@ -299,10 +299,11 @@ def _multirun(base: Path) -> int:
 
 
 def _finish(folders: "list[RunFolder]", figures: Path, formats: Sequence[str] = ("png", "svg")) -> int:
-    from experiments.plots import draw, summary
+    from experiments.plots import draw, summarised
     from experiments.progress import console
+    from experiments.table import drawn
 
-    console.print(summary(folders))
+    console.print(drawn(summarised(folders)))
     for path in draw(folders, figures, formats):
         console.print(f"  {path}")
     return 0

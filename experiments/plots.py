@@ -24,8 +24,6 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from rich import box
-from rich.table import Table
 
 from attacks.metrics import BARS, Rate, success_rates
 from experiments.canvas import COLOURS, MARKERS, STYLE, frame, picture, save
@@ -153,7 +151,7 @@ def against_none(folders: Sequence[RunFolder], rounds: pd.DataFrame) -> dict[str
 
 @dataclass(frozen=True)
 class Summary:
-    """A table of text, for `summary` to show and `experiments.table` to write.
+    """A table of text, for `experiments.table` to show and to write.
 
     rows     what each defense costs and what it stops, a row for each attacker
     guesses  what knowing nothing scores, in the same columns
@@ -167,20 +165,6 @@ class Summary:
     guesses: list[list[str]]
     notes: list[str]
     words: bool = False
-
-
-def summary(folders: Sequence[RunFolder]) -> Table:
-    """What each defense costs and what it stops, for a terminal."""
-    told = summarised(folders)
-    table = Table(title=told.title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in told.columns:
-        table.add_column(column, justify="left" if column == "defense" else "right", no_wrap=column == "against none")
-    for row in told.rows:
-        table.add_row(*row)
-    for row in told.guesses:
-        table.add_row(*row, style="dim")
-    table.caption, table.caption_justify = "\n".join(told.notes) or None, "left"
-    return table
 
 
 def summarised(folders: Sequence[RunFolder]) -> Summary:

@@ -29,12 +29,21 @@ def written(table: Summary, form: str = "markdown") -> str:
 
 
 def drawn(told: Summary) -> Table:
-    """The table for a terminal."""
+    """The table for a terminal. Where it is narrow the first column keeps its words whole: they tell the rows apart."""
     table = Table(title=told.title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in told.columns:
-        table.add_column(column)
+    longest = max((len(word) for row in told.rows + told.guesses for word in row[0].split()), default=0)
+    for i, column in enumerate(told.columns):
+        table.add_column(
+            column,
+            justify="left" if told.words or not i else "right",
+            no_wrap=column == "against none",
+            min_width=None if i else longest,
+            overflow="ellipsis" if i else "fold",
+        )
     for row in told.rows:
         table.add_row(*row)
+    for row in told.guesses:
+        table.add_row(*row, style="dim")
     table.caption, table.caption_justify = "\n".join(told.notes) or None, "left"
     return table
 

@@ -15,6 +15,7 @@ from defenses.privacy import clipped_sum
 from experiments import invert, plots, runner
 from experiments.card import card, guarantee_of
 from experiments.config import compose
+from experiments.table import drawn
 from fedsim import exposure
 from fedsim.accounting import ORDERS, epsilon, noise_for, quoted_epsilon, reconstruction_bound
 from fedsim.defense import Defense, Exposure, beliefs_of, hooks_of
@@ -433,12 +434,12 @@ def test_the_rounds_of_a_private_run_tell_what_was_spent(folders):
 
 
 def test_a_comparison_shows_the_proof_beside_the_leak(folders):
-    table = plots.summary(list(folders.values()))
+    table = drawn(plots.summarised(list(folders.values())))
     columns = {str(column.header): list(column.cells) for column in table.columns}
     bounds = [round(100 * float(folders[name].rounds()["reconstruction_bound"].iloc[-1])) for name in ("dpsgd", "dp_fedavg")]
     assert columns["epsilon"] == ["", "4 at 1e-05", f"{epsilon(2.0, 2, 1e-5):.3g} at 1e-05"]
     assert columns["10% guess"] == ["", *(f"<= {bound}%" for bound in bounds)]
-    alone = plots.summary([folders["none"]])
+    alone = drawn(plots.summarised([folders["none"]]))
     assert "epsilon" not in {str(column.header) for column in alone.columns}
 
 

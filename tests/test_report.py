@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image, ImageSequence
+from rich.console import Console
 from test_cli import fedsim
 
 from experiments import plots, report, runner, table
@@ -89,6 +90,15 @@ def test_the_table_says_in_each_format_what_the_terminal_says(study, capsys):
 def test_latex_says_what_is_special_in_words():
     strange = plots.Summary("50%", ["a_b", "x"], [["\\ & {~}", "<5\nworse"]], [], [])
     assert r"\textbackslash{} \& \{\textasciitilde{}\} & \textless{}5; worse \\" in table.written(strange, "latex")
+
+
+def test_names_are_whole_in_a_narrow_terminal():
+    rows = [[f"uniform levels={levels}", *["61-100 %"] * 12] for levels in (4, 16, 120)]
+    told = plots.Summary("a title", ["defense", *["not converged"] * 12], rows, [["its mean colour", *[""] * 12]], [])
+    console = Console(width=100, file=io.StringIO())
+    console.print(table.drawn(told))
+    shown = console.file.getvalue()
+    assert all(word in shown for word in ("uniform", "levels=4", "levels=16", "levels=120", "colour"))
 
 
 @pytest.mark.parametrize("command", [("table",), ("report",), ("table", "--format", "word")])
