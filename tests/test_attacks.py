@@ -334,7 +334,7 @@ def test_units_for_every_tensor_show_what_a_deep_network_hides_in_a_sum_of_squar
     for attack, finds in ((attacks.idlg(evaluations=100), False), (attacks.sapag(evaluations=100), True)):
         for one, saw, x in zip(attack(seen, KNOWN, deep, generator(0, "attack")), seen, images, strict=True):
             unit = attack.gap.unit({name: t.unsqueeze(0) for name, t in saw.update.items()}).item()
-            assert one.loss < attack.tolerance * unit  # any image's is, where little shows
+            assert one.loss <= attack.tolerance * unit  # any image's is, where little shows
             assert one.converged is finds
             assert (metrics.mse(one.images, x).item() < 0.03) is finds
 
