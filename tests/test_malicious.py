@@ -10,11 +10,11 @@ from worlds import config, federate
 
 import attacks
 from attacks import metrics
-from experiments import scoring
+from experiments import scoring, table
 from experiments.card import card, obstacles
 from experiments.config import ConfigError, compose
 from experiments.naming import contender
-from experiments.plots import summary
+from experiments.plots import summarised
 from experiments.runner import attack_again, attack_of, check_config, resume, start
 from fedsim import servers
 from fedsim.data import Images
@@ -318,8 +318,8 @@ def test_results_of_the_two_servers_never_mix(robbed, tmp_path):
     assert set(honest.leaks()["server"]) == {"honest"}
     assert contender(honest.config) == "none"
     assert contender(robbed.config) == "none, server=imprint bins=64"
-    table = summary([honest, robbed])
-    runs = {cell.rsplit(", ", 1)[0] for cell in table.columns[0].cells if cell.startswith("none")}
+    shown = table.drawn(summarised([honest, robbed]))
+    runs = {cell.rsplit(", ", 1)[0] for cell in shown.columns[0].cells if cell.startswith("none")}
     assert runs == {"none", "none, server=imprint bins=64"}
 
 
@@ -426,7 +426,7 @@ def test_clients_that_warn_train_on_and_their_findings_are_in_the_run(robbed):
     assert set(found.loc[found["trap"], "layer"]) == {"imprint.measure.weight", "imprint.spread.weight"}
     assert not found["refused"].any()
     assert "inspection: 100% of the units of imprint.measure.weight" in (robbed.path / "log.txt").read_text()
-    assert "3 clients found parallel rows, first in round 1" in summary([robbed]).caption
+    assert "3 clients found parallel rows, first in round 1" in table.drawn(summarised([robbed])).caption
     robbed_again = RunFolder(robbed.path)
     assert sorted(robbed_again.findings()["round"].unique()) == [1, 2]
 

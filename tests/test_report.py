@@ -68,7 +68,7 @@ def data_in(page: Path) -> dict:
 def test_the_table_says_in_each_format_what_the_terminal_says(study, capsys):
     folders = [RunFolder(study / name) for name in RUNS]
     told = plots.summarised(folders)
-    shown = plots.summary(folders)
+    shown = table.drawn(told)
     assert [list(column.cells) for column in shown.columns] == [
         list(cells) for cells in zip(*told.rows, *told.guesses, strict=True)
     ]

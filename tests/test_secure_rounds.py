@@ -16,8 +16,9 @@ from experiments import scoring
 from experiments.card import card, obstacles
 from experiments.config import compose
 from experiments.naming import contender
-from experiments.plots import summary
+from experiments.plots import summarised
 from experiments.runner import attack_of, check_config, finished, start
+from experiments.table import drawn
 from fedsim import secure_rounds
 from fedsim.engines.inline import Inline, InlineGrid
 from fedsim.errors import FederationError
@@ -380,7 +381,7 @@ def test_masked_updates_and_sums_have_lines_of_their_own_in_the_table(robbed):
     from rich.console import Console
 
     console = Console(width=300, record=True)
-    console.print(summary([robbed]))
+    console.print(drawn(summarised([robbed])))
     text = console.export_text()
     name = "none, server=imprint bins=64, secure aggregation"
     assert contender(robbed.config) == name
