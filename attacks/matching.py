@@ -254,9 +254,9 @@ class GradientMatching:
         problems = torch.arange(v, device=starts.device).repeat_interleave(r)
         gaps = in_chunks(group.gaps, minima.points.flatten(0, 1), problems, chunk).reshape(v, r)
         gaps = torch.where(minima.losses.isfinite() & gaps.isfinite(), gaps, torch.inf)
-        # A start that was not tried has no finite loss, and so is not the best.
-        noise = group.noise(minima.points[torch.arange(v), gaps.argmin(1)])
-        unseen = in_chunks(group.gaps, noise, torch.arange(v, device=starts.device), chunk)
+        victims = torch.arange(v, device=starts.device)
+        noise = group.noise(minima.points[victims, gaps.argmin(1)])  # a start that was not tried has no finite gap here
+        unseen = in_chunks(group.gaps, noise, victims, chunk)
         most = torch.fmin(self.tolerance * group.unit, SEES * unseen)  # noise may leave no number
         seconds = time.perf_counter() - began
         spent = minima.evaluations.sum(1)

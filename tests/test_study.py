@@ -77,18 +77,8 @@ def test_cells_in_processes_of_their_own_give_the_same(tiny):
 
 
 def test_processes_of_a_study_end_with_it(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.cli",
-        "study",
-        "resolution",
-        "data=synthetic",
-        "--workers",
-        "2",
-        "-o",
-        str(tmp_path),
-    ]
+    endless = ["data=synthetic", "data.side=64", "attack.evaluations=1000000"]  # for what waits until it is done would end as well
+    command = [sys.executable, "-m", "experiments.cli", "study", "dlg-batch", *endless, "--workers", "2", "-o", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as ours:
         while not list(tmp_path.glob("*/log.txt")):
