@@ -8,7 +8,6 @@ Pixels are in [0, 1]. A candidate's update is computed by `fedsim.training.local
 import contextlib
 import copy
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +22,14 @@ from torch.func import functional_call, vmap
 
 from attacks.batching import alike, streams
 from attacks.evidence import believed, completed, gradient_of, size_of, step_length, views
-from attacks.factored import gradients_of
+from attacks.factored import Factored, gradients_of
 from attacks.hidden_noise import as_buffers, hidden_noises, in_front_of_noise, sampled
 from attacks.labels import labels_behind
 from attacks.lanes import WIDTH, innermost, lanes, library
 from attacks.metrics import match
 from attacks.optimizers import LBFGS, Minima, Optimizer, Pieces, Stop, minimise
 from attacks.terms import Candidates, Gap, Gradients, Observed, Prior, SquaredGap, distance
+from fedsim.cores import cores
 from fedsim.defense import Belief, Explained
 from fedsim.models import Stochastic
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction, Trace
@@ -247,7 +247,7 @@ class GradientMatching:
         draws = not torch.equal(state, torch.get_rng_state())  # threads would share the stream that such a model draws from
         torch.set_rng_state(state)
         least = 1 if group.parameters > SMALL else ALONE
-        workers = 1 if draws or group.device.type != "cpu" else self.workers or max(1, min(_cores(), v // least))
+        workers = 1 if draws or group.device.type != "cpu" else self.workers or max(1, min(cores(), v // least))
         minima = (
             self._minimise(group, starts, chunk, report) if workers == 1 else self._shared(group, starts, chunk, report, workers)
         )
@@ -364,7 +364,7 @@ class Problems:
     A victim of several views has as many rows, one after the other, in `params`, `buffers`, `target` and `beliefs`.
 
     training  how a candidate is trained on, as settings of `local_update`
-    beliefs   of an attacker who knows the defense, what is possible in place of `target`
+    beliefs   of an attacker who knows the defense, what is possible in place of `target`, of tensors that are not known exactly
     """
 
     attack: GradientMatching
@@ -376,18 +376,18 @@ class Problems:
     image_shape: tuple[int, ...]  # (C, H, W)
     num_classes: int
     training: dict[str, Any]
-    beliefs: dict[str, Belief] | None = None
+    beliefs: dict[str, Belief]
     labels: Tensor | None = None  # (V, copies * n), or probabilities with K beside; None when they are optimised too
     stopped: threading.Event | None = None  # set when nobody waits for the result any more
 
     def __post_init__(self) -> None:
         nothing = {name: torch.zeros_like(t) for name, t in self.target.items()}
-        unit = self.attack.gap.unit(self.target if self.beliefs is None else completed(nothing, self.beliefs))
+        unit = self.attack.gap.unit(self.target | completed(nothing, self.beliefs))
         unit = torch.where(unit > 0, unit, 1)  # an update of zeros is explained by a gradient of zeros
         self.unit = self._over_views(unit)
         self._rows: Tensor | None = None
-        self._gathered: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]] = {}, {}, {}
-        self._possible: dict[str, Belief] | None = None
+        self._gathered: tuple[dict[str, Tensor], dict[str, Tensor], Observed] = {}, {}, Observed()
+        self._possible: dict[str, Belief] = {}
         channels = self.image_shape[0]
         self._filters = torch.randn(64, channels, 5, 5, generator=generator(0, "agreement")).to(self.device, self.dtype)
 
@@ -425,13 +425,14 @@ class Problems:
             return {name: t.to(dtype) if t.is_floating_point() else t for name, t in stacked.items()}
 
         target = stack([one.update if len(plan.steps) > 1 else gradient_of(one, known) for one in seen])
-        beliefs = None
+        beliefs = {}
         if isinstance(known.defense, Explained):
             scale = 1.0 if len(plan.steps) > 1 else step_length(known)
             every = [believed(one, known, scale=scale) for one in seen]
             beliefs = {
                 name: Belief(*(torch.stack([getattr(b[name], part) for b in every]).to(dtype) for part in _parts(Belief)))
-                for name in every[0]
+                for name in matched
+                if not all(b[name].is_exact for b in every)
             }
         return cls(
             attack=attack,
@@ -440,7 +441,7 @@ class Problems:
             params=stack([one.params for one in seen]),
             buffers=stack([one.buffers for one in seen]),
             target={name: target[name] for name in matched},
-            beliefs=None if beliefs is None else {name: beliefs[name] for name in matched},
+            beliefs=beliefs,
             image_shape=known.image_shape,
             num_classes=known.num_classes,
             training=training,
@@ -456,7 +457,7 @@ class Problems:
             params=params,
             buffers=buffers,
             target=target,
-            beliefs=None if self.beliefs is None else {n: _each(b, lambda t: t[seen]) for n, b in self.beliefs.items()},
+            beliefs={n: _each(b, lambda t: t[seen]) for n, b in self.beliefs.items()},
             labels=None if self.labels is None else self.labels[rows],
             stopped=stopped,
         )
@@ -610,14 +611,14 @@ class Problems:
         params, buffers, target = self._gather(rows)
         images, labels = self.images(points), self.probabilities(points, problems)
         buffers = {**buffers, **self.noises(points)}
-        if len(points) == 1 and len(self.plan.steps) == 1 and self._possible is None:
+        if len(points) == 1 and len(self.plan.steps) == 1:
 
             def loss(leaves: Mapping[str, Tensor]) -> Tensor:
                 return batch_loss(self.model, leaves, own, images[0], labels[0], penalty=self.attack.penalty)
 
             own = {n: t[0].clone() for n, t in buffers.items()}  # BatchNorm in training mode writes to them
             found = gradients_of(loss, {n: t[0] for n, t in params.items()})
-            return {n: t[None] if isinstance(t, Tensor) else t for n, t in found.items()}, target
+            return self._explained({n: t[None] if isinstance(t, Tensor) else t for n, t in found.items()}, target)
         steps = (
             [torch.tensor(step, device=points.device) for step in self.plan.steps] if len(self.plan.steps) > 1 else [slice(None)]
         )
@@ -631,7 +632,14 @@ class Problems:
                 loss_of_batch=partial(stacked_loss, penalty=self.attack.penalty),
                 differentiable=True,
             )
-        return trained.update, target if self._possible is None else completed(trained.update, self._possible)
+        return self._explained(trained.update, target)
+
+    def _explained(self, candidates: Candidates, observed: Observed) -> tuple[Candidates, Gradients]:
+        """With what was observed, or the nearest that it may have been."""
+        if not self._possible:
+            return candidates, observed
+        dense = {n: t.dense()[None] if isinstance(t := candidates[n], Factored) else t for n in self._possible}
+        return {**candidates, **dense}, {**observed, **completed(dense, self._possible)}
 
     def _disagreement(self, images: Tensor) -> Tensor:
         """(P,) variance over epochs of the mean over their images of random features, relative to their size."""
@@ -683,7 +691,7 @@ class Problems:
         total = flat.new_zeros(len(self.unit), flat.shape[1]).index_add(0, problems, flat.detach())
         return (flat - (total / count.clamp(min=1)[:, None])[problems]).square().mean(1)
 
-    def _gather(self, rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    def _gather(self, rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Observed]:
         """Parameters, buffers and target of these rows; kept until others are asked for."""
         if self._rows is None or not torch.equal(self._rows, rows):
             self._rows = rows.clone()
@@ -692,8 +700,7 @@ class Problems:
                 {n: place(t[rows]) for n, t in part.items()} for part in (self.params, self.buffers, self.target)
             )
             self._gathered = params, buffers, Observed(target)
-            if self.beliefs is not None:
-                self._possible = {n: _each(b, lambda t: place(t[rows])) for n, b in self.beliefs.items()}
+            self._possible = {n: _each(b, lambda t: place(t[rows])) for n, b in self.beliefs.items()}
         return self._gathered
 
     def chunk(self, point: Tensor, optimizer: Optimizer) -> int:
@@ -720,11 +727,6 @@ def _parts(kind: type) -> list[str]:
 
 def _each(belief: Belief, change: Callable[[Tensor], Tensor]) -> Belief:
     return Belief(*(change(getattr(belief, part)) for part in _parts(Belief)))
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_chunks(compute: Callable[[Tensor, Tensor], Tensor], points: Tensor, problems: Tensor, chunk: int) -> Tensor:

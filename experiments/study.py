@@ -27,6 +27,7 @@ from typing import Any
 from experiments.config import CONF, Config, compose, sweep
 from experiments.naming import cell_names
 from fedsim.checks import one_of
+from fedsim.cores import SHARE, cores
 
 SIZES = ("quick", "full")
 CELLS = "cells.parquet"  # in a study's folder: a row for each cell that was run
@@ -120,7 +121,9 @@ def run(
             tell(*_lot(lot, base, command, quiet=False))
     else:
         # A fork would inherit torch's threads in an unknown state.
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool:
+        with ProcessPoolExecutor(
+            workers, mp_context=multiprocessing.get_context("spawn"), initializer=_settle, initargs=(workers,)
+        ) as pool:
 
             def begin(count: int) -> dict[Future[tuple[Outcome, float]], list[str]]:
                 some = [] if late() else itertools.islice(waiting, count)
@@ -141,8 +144,9 @@ def run(
     return [base / name for name in cells if name in {*kept, *done} - failures.keys()], failures
 
 
-def _end_with_parent() -> None:
-    """Ends this process as soon as the study that started it has ended, in whatever way: it may be started again at once."""
+def _settle(workers: int) -> None:
+    """Takes this process's share of the cores, and ends it as soon as the study that started it has ended, in whatever way."""
+    os.environ[SHARE] = str(max(1, cores() // workers))
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -188,6 +188,11 @@ class Belief:
         """Of somebody who saw the tensor itself."""
         return cls(value, value, value, torch.ones_like(value))
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether each entry is known."""
+        return torch.equal(self.low, self.value) and torch.equal(self.high, self.value) and bool((self.weight == 1).all())
+
     def rounded(self, low: Tensor, high: Tensor) -> "Belief":
         """Of an entry that was rounded to what this says: the bounds are `low` and `high`, within which `value` tells nothing."""
         return Belief(self.value, low, high, torch.zeros_like(self.weight))

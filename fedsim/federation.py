@@ -1,7 +1,6 @@
 """One run of a federation: the ServerApp, what it reports after each round, and how it goes on from a checkpoint."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from torch import Tensor
 from fedsim.checks import whole
 from fedsim.client import client_app
 from fedsim.cohort import cohort_of
+from fedsim.cores import cores
 from fedsim.engines.inline import Inline
 from fedsim.observation import Observation
 from fedsim.records import arrays_of, tensors_of
@@ -194,7 +194,7 @@ def server_app(
             clock = time.perf_counter()
             return None
 
-        workers = os.cpu_count() if setup.device.type == "cpu" else 1
+        workers = cores() if setup.device.type == "cpu" else 1
         with ThreadPoolExecutor(workers, thread_name_prefix="evaluate", initializer=one_thread) as pool:
             strategy.start(grid, arrays_of(initial), num_rounds=rounds - after, evaluate_fn=evaluate_round, timeout=math.inf)
 

@@ -6,7 +6,6 @@ the codes of errors, and the place of a message's id.
 
 import errno
 import logging
-import os
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.checks import whole
+from fedsim.cores import cores
 from fedsim.setup import one_thread
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class Inline:
 
     def run(self, server: ServerApp, client: ClientApp, clients: int, device: str, ahead: Ahead | None = None) -> None:
         """Runs the apps to their end."""
-        workers = self.workers or (1 if device.startswith("cuda") else os.cpu_count() or 1)
+        workers = self.workers or (1 if device.startswith("cuda") else cores())
         grid = InlineGrid(client, clients, min(workers, clients), ahead)
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = grid.run.run_id, _SERVER, 1
         try:
