@@ -28,7 +28,7 @@ from attacks.labels import labels_behind
 from attacks.lanes import WIDTH, innermost, lanes, library
 from attacks.metrics import match
 from attacks.optimizers import LBFGS, Minima, Optimizer, Pieces, Stop, minimise
-from attacks.terms import Candidates, Gap, Gradients, Observed, Prior, SquaredGap, distance
+from attacks.terms import Candidates, Gap, Gradients, Observed, Prior, SquaredGap, distance, scaled, squared_norm
 from fedsim.cores import cores
 from fedsim.defense import Belief, Explained
 from fedsim.models import Stochastic
@@ -365,6 +365,7 @@ class Problems:
 
     training  how a candidate is trained on, as settings of `local_update`
     beliefs   of an attacker who knows the defense, what is possible in place of `target`, of tensors that are not known exactly
+    rescaled  whether candidates are brought to the observed length before that: where the defense hides it, and the gap ignores it
     """
 
     attack: GradientMatching
@@ -377,6 +378,7 @@ class Problems:
     num_classes: int
     training: dict[str, Any]
     beliefs: dict[str, Belief]
+    rescaled: bool = False
     labels: Tensor | None = None  # (V, copies * n), or probabilities with K beside; None when they are optimised too
     stopped: threading.Event | None = None  # set when nobody waits for the result any more
 
@@ -442,6 +444,7 @@ class Problems:
             buffers=stack([one.buffers for one in seen]),
             target={name: target[name] for name in matched},
             beliefs=beliefs,
+            rescaled=attack.gap.scale_free and getattr(known.defense, "rescales", False),
             image_shape=known.image_shape,
             num_classes=known.num_classes,
             training=training,
@@ -638,6 +641,11 @@ class Problems:
         """With what was observed, or the nearest that it may have been."""
         if not self._possible:
             return candidates, observed
+        if self.rescaled:
+            candidates = {name: candidates[name] for name in observed}
+            ours = squared_norm(candidates)
+            factors = squared_norm(observed).sqrt() * ours.clamp(min=torch.finfo(ours.dtype).tiny).rsqrt()
+            candidates = {name: scaled(t, factors) for name, t in candidates.items()}
         dense = {n: t.dense()[None] if isinstance(t := candidates[n], Factored) else t for n in self._possible}
         return {**candidates, **dense}, {**observed, **completed(dense, self._possible)}
 

@@ -52,7 +52,7 @@ def scaled(gradient: Tensor | Factored, factors: Tensor) -> Tensor | Factored:
     return gradient * factors.reshape(-1, *[1] * (gradient.dim() - 1))
 
 
-def squared_norm(gradients: Gradients) -> Tensor:
+def squared_norm(gradients: Candidates) -> Tensor:
     """Squared l2 norm over all tensors together, (P,)."""
     if isinstance(gradients, Observed):
         return gradients.squared_norm

@@ -34,8 +34,9 @@ def batches_of(
     per_epoch = -(-len(shard) // batch_size)
     count = steps if steps is not None else per_epoch * (epochs or 1)
     while len(batches) < count:
-        batches.extend(shard[torch.randperm(len(shard), generator=rng)].split(batch_size))
-    return batches[:count]
+        wanted = (count - len(batches)) * batch_size  # of a shard's thousand batches a round of FedSGD takes one
+        batches.extend(shard[torch.randperm(len(shard), generator=rng)[:wanted]].split(batch_size))
+    return batches
 
 
 def batch_of(shard: Tensor, *, seed: int, round: int, client: int, batch_size: int) -> Tensor:
