@@ -120,10 +120,7 @@ def run(
                 break
             tell(*_lot(lot, base, command, quiet=False))
     else:
-        # A fork would inherit torch's threads in an unknown state.
-        with ProcessPoolExecutor(
-            workers, mp_context=multiprocessing.get_context("spawn"), initializer=_settle, initargs=(workers,)
-        ) as pool:
+        with processes(workers) as pool:
 
             def begin(count: int) -> dict[Future[tuple[Outcome, float]], list[str]]:
                 some = [] if late() else itertools.islice(waiting, count)
@@ -142,6 +139,12 @@ def run(
                         waiting = iter(())  # there is nobody left to run others
                 running |= begin(len(ended))
     return [base / name for name in cells if name in {*kept, *done} - failures.keys()], failures
+
+
+def processes(workers: int) -> ProcessPoolExecutor:
+    """Processes that share this one's cores, and end with it."""
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_settle, initargs=(workers,))
 
 
 def _settle(workers: int) -> None:

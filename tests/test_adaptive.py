@@ -10,6 +10,7 @@ import attacks
 from attacks import Rehearsed, adapted, metrics
 from attacks.evidence import believed, completed, views
 from attacks.labels import labels_behind
+from attacks.matching import Plan, Problems
 from attacks.terms import CosineGap
 from defenses import (
     DPSGD,
@@ -19,6 +20,7 @@ from defenses import (
     ErrorFeedback,
     GaussianNoise,
     NoDefense,
+    Partial,
     RandomK,
     SignSGD,
     Soteria,
@@ -36,7 +38,7 @@ from fedsim.observation import Knowledge, Observation
 from fedsim.seeding import generator
 from fedsim.setup import setup_of
 from fedsim.training import Batch, local_update, split
-from fedsim.updates import Update
+from fedsim.updates import Update, norm
 from fedsim.wire import Packets, pack, unpack
 
 DATA = load("synthetic", train_size=64, test_size=64)
@@ -108,8 +110,41 @@ def test_nothing_changes_for_who_knows_that_there_is_no_defense():
         attack(seen, replace(known, defense=NoDefense()), model, generator(0, "attack")),
         strict=True,
     ):
-        assert one.loss == pytest.approx(other.loss, rel=1e-2)
-        assert torch.allclose(one.images, other.images, atol=0.05)
+        assert one.loss == other.loss
+        assert torch.equal(one.images, other.images)
+
+
+def test_what_a_defense_leaves_as_it_is_is_matched_as_it_is():
+    coarse = UniformQuantization(16)
+    for defense, told in ((NoDefense(), 0), (Partial(coarse, ["features.0."]), 2), (coarse, 8)):
+        model, seen, _, known = victims(defense, 2)
+        attack = attacks.idlg()
+        group = Problems.of(seen, Plan.of(seen[0], known, False), replace(known, defense=defense), model, attack)
+        assert len(group.beliefs) == told
+
+
+@pytest.mark.parametrize("share", [1e-3, 1.0])
+def test_how_short_an_update_was_clipped_changes_nothing_for_a_gap_of_directions(share):
+    model, (one, *_), images, known = victims(NoDefense(), 1)
+    length = float(norm(one.update))
+    gaps = []
+    for clip in (0.5 * length, 0.5 * share * length):
+        defense = Clip(clip)
+        packets, _ = defense(one.packets, {}, generator(0, "defense"))
+        seen, told = [replace(one, packets=packets)], replace(known, defense=defense)
+        group = Problems.of(seen, Plan.of(seen[0], told, False), told, model, attacks.cosine_lbfgs())
+        group.labels = torch.tensor([[7]])
+        gaps.append(group.gaps(torch.rand(1, images[0].numel(), generator=generator(0, "point")), torch.tensor([0])))
+    assert float(gaps[1]) == pytest.approx(float(gaps[0]), rel=1e-4)
+
+
+def test_who_knows_of_clipping_steals_no_less_by_a_gap_of_directions():
+    defense = Clip(0.1)  # of gradients about 50 times as long
+    model, seen, images, known = victims(defense, 8)
+    attack = attacks.cosine_lbfgs(evaluations=300)
+    naive = decibels(attack(seen, known, model, generator(0, "attack")), images)
+    knowing = decibels(attack(seen, replace(known, defense=defense), model, generator(0, "attack")), images)
+    assert float(knowing.median()) > float(naive.median()) - 1
 
 
 def test_a_rehearsal_chooses_the_weight_of_the_prior_by_the_noise():

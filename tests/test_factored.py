@@ -8,6 +8,7 @@ import attacks
 from attacks import CosineGap, GaussianGap, SquaredAndAbsoluteGap, SquaredGap
 from attacks.factored import LARGE, Factored, gradients_of
 from attacks.matching import Plan, Problems
+from defenses import Clip, NoDefense, Partial, StochasticQuantization, UniformQuantization
 from fedsim.models import mcmahan_cnn
 from fedsim.observation import Knowledge, Observation
 from fedsim.seeding import generator
@@ -86,16 +87,20 @@ def test_every_gap_and_its_gradient_by_the_image_are_the_same_from_factors(gap):
     assert torch.allclose(by_one, by_other, rtol=1e-3, atol=1e-6 * float(by_other.abs().max()))
 
 
+@pytest.mark.parametrize(
+    "defense", [NoDefense(), Partial(StochasticQuantization(16), ["features."]), UniformQuantization(16), Clip(0.1)], ids=repr
+)
 @pytest.mark.parametrize("mode", [False, True], ids=["eval", "train"])
-def test_a_large_network_is_attacked_alike_from_factors_and_as_one_program(mode):
+def test_a_large_network_is_attacked_alike_from_factors_and_as_one_program(mode, defense):
     model = mcmahan_cnn((3, 32, 32), 10, norm="batch", activation="silu", rng=generator(0, "init")).train(mode)
     params, buffers = split(model)
     x, y = torch.rand(3, 1, 3, 32, 32, generator=generator(0, "images")), torch.tensor([3, 5, 7])
     seen = []
     for i in range(3):
         update = local_update(model, params, buffers, [(x[i], y[i : i + 1])], lr=1.0).update
-        seen.append(Observation(params, pack(update), 1, client=i, buffers=buffers))
-    known, attack = Knowledge((3, 32, 32), 10, lr=1.0, local_steps=1), attacks.cosine_adam()
+        packets, _ = defense(pack(update), defense.init(update), generator(0, "defense", i))
+        seen.append(Observation(params, packets, 1, client=i, buffers=buffers))
+    known, attack = Knowledge((3, 32, 32), 10, lr=1.0, local_steps=1, defense=defense), attacks.cosine_adam()
     group = Problems.of(seen, Plan.of(seen[0], known, False), known, model, attack)
     group.labels = y[:, None]
     points, problems = torch.rand(3, 3 * 32 * 32, generator=generator(0, "points")), torch.arange(3)
