@@ -4,6 +4,7 @@ A choice is a YAML file in a group's folder: its first line says what it is, the
 A bad choice, setting or value is a `ConfigError`: one line that names it, the choices, and the nearest.
 """
 
+import copy
 import functools
 import inspect
 from collections.abc import Sequence
@@ -36,23 +37,23 @@ def choices(group: str) -> dict[str, str]:
 
 def compose(overrides: Sequence[str], config_name: str = "config") -> Config:
     """The resolved configuration of `key=value` overrides, as a plain dict, with the names chosen under `choices`."""
-    from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     chosen = _check_choices(overrides)
+    values = [one for one in overrides if key_of(one) not in GROUPS and not one.startswith(("+", "~"))]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            known = _choices_alone(config_name, tuple(o for o in overrides if key_of(o) in GROUPS))
-            for override in overrides:
-                _check_key(override, OmegaConf.to_container(known))
-            composed = hydra_compose(config_name, list(overrides), return_hydra_config=True)
-            for override in overrides:
+            known, named = _choices_alone(config_name, tuple(one for one in overrides if one not in values))
+            settings = OmegaConf.to_container(known)
+            for override in values:
+                _check_key(override, settings)
+            composed = copy.deepcopy(known)
+            for override in values:
+                OmegaConf.update(composed, key_of(override), _value_of(override), merge=True)
                 _check_kind(key_of(override), known, composed)
-            named: Any = OmegaConf.to_container(composed.hydra.runtime.choices)
-            del composed.hydra
             config: Any = OmegaConf.to_container(composed, resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
             if "Could not override 'model/bottleneck'" in str(error):
@@ -65,11 +66,31 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> Config:
 
 
 @functools.lru_cache(maxsize=64)
-def _choices_alone(config_name: str, chosen: tuple[str, ...]) -> Any:
-    """The configuration of these choices, with all other settings as their files have them; to be read only."""
-    from hydra import compose as hydra_compose
+def _choices_alone(config_name: str, chosen: tuple[str, ...]) -> tuple[Any, dict[str, str]]:
+    """The configuration of these choices, all other settings as their files have them, and the choices' names; to be read only.
 
-    return hydra_compose(config_name, list(chosen))
+    Hydra takes a tenth of a second for it, and the cells of a grid are alike in it.
+    """
+    from hydra import compose as hydra_compose
+    from omegaconf import OmegaConf
+
+    composed = hydra_compose(config_name, list(chosen), return_hydra_config=True)
+    named: Any = OmegaConf.to_container(composed.hydra.runtime.choices)
+    del composed.hydra
+    return composed, named
+
+
+@functools.lru_cache(maxsize=1024)
+def _value_of(override: str) -> Any:
+    """The value in a `key=value`, as Hydra reads it; to be read only."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (parsed,) = OverridesParser.create().parse_overrides([override])
+    if parsed.is_sweep_override():
+        key, value = override.split("=", 1)
+        ways = f"write {key}=[{value}] for one list, {key}='{value}' for a text, or add -m to run them all and compare"
+        raise ConfigError(f"{override!r} names several values: {ways}")
+    return parsed.value()
 
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
@@ -109,8 +130,6 @@ def _check_choices(overrides: Sequence[str]) -> dict[str, str]:
 
 def _check_key(override: str, config: Any) -> None:
     key = key_of(override)
-    if key in GROUPS or override.startswith(("+", "~")):
-        return
     node = config
     walked: list[str] = []
     for part in key.split("."):

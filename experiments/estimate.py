@@ -52,7 +52,8 @@ def _evaluations(config: Config) -> float:
 
 
 def _key(config: Config) -> str:
-    return json.dumps({"model": config["model"], "data": config["data"]}, sort_keys=True)
+    model = {key: value for key, value in config["model"].items() if key != "init"}  # any weights take as long
+    return json.dumps({"model": model, "data": config["data"]}, sort_keys=True)
 
 
 @functools.cache
