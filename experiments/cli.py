@@ -395,7 +395,8 @@ def _study(arguments: argparse.Namespace) -> int:
         from experiments.progress import span
 
         print("\n".join(cells))
-        print(f"{len(cells)} cells, about {span(seconds(cells.values()))} on one core")
+        other = "" if arguments.full else f"; --full: {len(chosen.grid('full', overrides))} cells"
+        print(f"{len(cells)} cells, about {span(seconds(cells.values()))} on one core{other}")
         return 0
     _quiet()
     from experiments import runner

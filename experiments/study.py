@@ -53,14 +53,18 @@ class Study:
     sizes: dict[str, list[str]]
     sweeps: list[list[str]]
 
-    def cells(self, size: str, overrides: Sequence[str] = ()) -> dict[str, Config]:
-        """The configuration of every cell, by a name that no other has."""
+    def grid(self, size: str, overrides: Sequence[str] = ()) -> list[list[str]]:
+        """The settings of every cell."""
         last = [*self.sizes[one_of("size", size, SIZES)], *overrides]
         # The last word on a setting is kept, in the place of the first.
         settings = [
             list({one.split("=", 1)[0]: one for one in [*self.common, *sweeping, *last]}.values()) for sweeping in self.sweeps
         ]
-        cells = list({json.dumps(cell): cell for one in settings for cell in sweep(one)}.values())
+        return list({json.dumps(cell): cell for one in settings for cell in sweep(one)}.values())
+
+    def cells(self, size: str, overrides: Sequence[str] = ()) -> dict[str, Config]:
+        """The configuration of every cell, by a name that no other has."""
+        cells = self.grid(size, overrides)
         configs = [compose(cell) for cell in cells]
         return dict(zip(cell_names(configs, cells), configs, strict=True))
 

@@ -169,6 +169,8 @@ def test_a_dry_run_names_the_cells_and_does_nothing(tiny, capsys):
     said = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"6 cells, about [0-9:]+ on one core", said[-1])
     assert said[0] == "none_idlg_seed=0"
+    assert main(["study", "tiny", "--dry-run", "seed=0,1", "-o", str(tiny / "out")]) == 0
+    assert capsys.readouterr().out.endswith(" on one core; --full: 6 cells\n")
     assert not (tiny / "out").exists()
 
 
