@@ -404,7 +404,11 @@ def _study(arguments: argparse.Namespace) -> int:
     from fedsim.files import write_json
     from fedsim.run import RunFolder
 
+    distinct = {}
     for config in cells.values():
+        whole("seed", config["seed"], 0)
+        distinct[study.digest(config | {"seed": 0})] = config  # what else may be wrong is so for any seed
+    for config in distinct.values():
         runner.check_config(config)
     base = arguments.out or Path("runs") / f"study-{chosen.name}-{size}"
     base.mkdir(parents=True, exist_ok=True)
