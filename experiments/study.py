@@ -106,11 +106,12 @@ def run(
     done: list[str] = []
 
     def tell(outcome: Outcome, took: float) -> None:
+        count = len(done) + len(outcome)  # of a lot, whose cells end together
+        left = timedelta(seconds=round((time.monotonic() - began) / count * (len(todo) - count)))
         for name, error in outcome.items():
             done.append(name)
             if error is not None:
                 failures[name] = error
-            left = timedelta(seconds=round((time.monotonic() - began) / len(done) * (len(todo) - len(done))))
             console.print(f"  {len(done)}/{len(todo)}  {name}" + (f": failed: {error}" if error else "") + f"  left {left}")
         _note(base, {name: cells[name] for name in outcome}, outcome, took / len(outcome))
 
