@@ -186,13 +186,14 @@ def summarised(folders: Sequence[RunFolder]) -> Summary:
     columns = ["defense", "accuracy", *compared, "sent", "of dense", *proofs, *scores]
     rows = []
     for defense in _in_order(rounds["defense"]):
-        of = rounds[rounds["defense"] == defense]
+        every = rounds[rounds["defense"] == defense]
+        of = furthest(every)
         final = of.dropna(subset="accuracy").sort_values("round").groupby("run")["accuracy"].last()
         sent = of.groupby("run")["bytes_up"].sum().mean()
         share = of["bytes_up"].sum() / max(1, of["bytes_up_dense"].sum())
         cost = [_cost(costs[defense]) if defense in costs else ""] if compared else []
         cells = [f"{final.mean():.1%}" if len(final) else "", *cost, size(sent), f"{share:.1%}", *(_proof(of) if proofs else [])]
-        here = leaks[leaks["run"].isin(of["run"])] if len(leaks) else leaks
+        here = leaks[leaks["run"].isin(every["run"])] if len(leaks) else leaks
         leaked = _text_cells if text else _leak_cells
         if not len(here):
             rows.append([defense, *cells, *leaked(here)])
@@ -201,6 +202,12 @@ def summarised(folders: Sequence[RunFolder]) -> Summary:
                 rows.append([row_name(label, attack, attacks), *cells, *leaked(victims)])
     notes = [note for note in (_compared(costs), _found(folders)) if note]
     return Summary(title, columns, rows, _guesses(leaks, attacks[0], len(compared + proofs), text), notes)
+
+
+def furthest(rounds: pd.DataFrame) -> pd.DataFrame:
+    """The rounds of those runs that came as far as any: what one that broke off had learned and sent is no end to average."""
+    ends = rounds.groupby("run")["round"].transform("max")
+    return rounds[ends == ends.max()]
 
 
 def row_name(label: str, attack: str, attacks: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ from experiments.card import GUESS, card, obstacles
 from experiments.config import GROUPS, Config, ConfigError, compose
 from experiments.naming import conditions, contender, contenders, label, leaves, without_defense
 from experiments.pictures import moments
-from experiments.plots import IMAGES, KNOWING, PERFECT, TEXTS, TRIVIAL, Summary, of_text, sender, summarised, tables
+from experiments.plots import IMAGES, KNOWING, PERFECT, TEXTS, TRIVIAL, Summary, furthest, of_text, sender, summarised, tables
 from experiments.progress import size
 from experiments.scoring import STOLEN_MSE, STOLEN_TOKENS
 from experiments.statistics import LEVEL
@@ -176,7 +176,8 @@ def _contender(name: str, folders: Sequence[RunFolder], rounds: pd.DataFrame) ->
     """What training under a defense cost, what is proved of it, and how to do it again."""
     of = rounds[rounds["run"].isin([str(folder.path) for folder in folders])].sort_values("round")
     tested = of.dropna(subset="accuracy")
-    ends = tested.groupby("run")["accuracy"].last()
+    done = furthest(of)
+    ends = done.dropna(subset="accuracy").groupby("run")["accuracy"].last()
     by = tested.groupby("round")["accuracy"]
     curve = [
         [int(round), mean, low, high] for round, mean, low, high in zip(by.mean().index, by.mean(), by.min(), by.max(), strict=True)
@@ -188,9 +189,9 @@ def _contender(name: str, folders: Sequence[RunFolder], rounds: pd.DataFrame) ->
         "accuracy": _number(ends.mean()),
         "accuracies": [float(ends.min()), float(ends.max())] if len(ends) else [],
         "curve": [curve[place] for place in _evenly(len(curve), CURVE)],
-        "sent": float(of.groupby("run")["bytes_up"].sum().mean()),
-        "sent_text": size(of.groupby("run")["bytes_up"].sum().mean()) if len(of) else "",
-        "share": float(of["bytes_up"].sum() / max(1, of["bytes_up_dense"].sum())) if len(of) else None,
+        "sent": float(done.groupby("run")["bytes_up"].sum().mean()),
+        "sent_text": size(done.groupby("run")["bytes_up"].sum().mean()) if len(done) else "",
+        "share": float(done["bytes_up"].sum() / max(1, done["bytes_up_dense"].sum())) if len(done) else None,
         "proof": _proof(last) if "epsilon" in last and np.isfinite(last["epsilon"]).all() else None,
         "bare": without_defense(config),
         "family": f"{config['choices']['defense']} {config['choices'].get('model/bottleneck')}",
@@ -300,7 +301,7 @@ def _points(kind: str, attack: str, leaks: pd.DataFrame, rounds: pd.DataFrame, a
     """What each attacker stole over all rounds (`stage` None), and in each; accuracy and bytes are those up to then."""
     found = []
     stages = sorted(leaks["round"].unique())
-    trained = rounds[rounds["run"].isin(leaks["run"])].sort_values("round")
+    trained = furthest(rounds[rounds["run"].isin(leaks["run"])]).sort_values("round")
     for stage in (None, *map(int, stages)):
         victims = leaks if stage is None else leaks[leaks["round"] == stage]
         until = trained if stage is None else trained[trained["round"] <= stage]
@@ -459,7 +460,8 @@ def _in_words(
     ]
     unfinished = [run["name"] for one in contenders for run in one["runs"] if run["rounds"] < run["of"]]
     if unfinished:
-        said.append(f"Not finished, and counted as far as they are: {', '.join(unfinished)}.")
+        what_counts = "their leaks are counted, their accuracy and bytes only where no run of the same defense came further"
+        said.append(f"Not finished; {what_counts}: {', '.join(unfinished)}.")
     for row in ranking:
         if "held against" in row["says"]:
             counts = row["by"][row["stronger"]]

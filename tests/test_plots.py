@@ -9,6 +9,8 @@ from experiments import plots
 from experiments.canvas import STYLE, save
 from experiments.config import compose
 from experiments.runner import start
+from fedsim.files import read_table, write_table
+from fedsim.run import RunFolder
 
 NAMES = [f"gaussian variance=1e-{i}, and more" for i in range(45)]
 
@@ -98,3 +100,17 @@ def test_rows_of_pictures_are_spread_over_pages(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "PAGE", 2)
     made = [path.name for path in plots.draw(folders, tmp_path / "two")]
     assert [name for name in made if name.startswith("pictures")] == ["pictures_cosine_lbfgs_1.png", "pictures_cosine_lbfgs_2.png"]
+
+
+def test_what_a_run_that_broke_off_had_learned_is_not_averaged_with_others(tmp_path):
+    tiny = ["data.train_size=40", "data.test_size=20", "federation.clients=2", "federation.per_round=2", "rounds=2", "attack=none"]
+    folders = [start(compose([*tiny, f"seed={seed}"]), tmp_path / str(seed), "a test") for seed in (0, 1)]
+    whole = [str(folder.rounds()["accuracy"].iloc[-1]) for folder in folders]
+    path = folders[1].path / "rounds.parquet"
+    write_table(path, read_table(path).query("round < 2"))
+    (row,) = plots.summarised([RunFolder.open(folder.path) for folder in folders]).rows
+    assert row[1] == f"{float(whole[0]):.1%}"
+    write_table(folders[0].path / "rounds.parquet", folders[0].rounds().query("round < 2"))
+    (row,) = plots.summarised([RunFolder.open(folder.path) for folder in folders]).rows  # neither came further
+    early = [RunFolder.open(folder.path).rounds().dropna(subset="accuracy")["accuracy"].iloc[-1] for folder in folders]
+    assert row[1] == f"{sum(early) / 2:.1%}"
