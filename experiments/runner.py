@@ -28,6 +28,7 @@ from experiments.tracking import Tracking, tracked
 from fedsim import federation
 from fedsim.accounting import reconstruction_bound
 from fedsim.cohort import cohort_of
+from fedsim.cores import cores
 from fedsim.data import Corpus, check, image_shape
 from fedsim.engines.deployment import Deployment
 from fedsim.engines.inline import Inline
@@ -49,6 +50,7 @@ def check_config(config: Config) -> None:
 
     whole("rounds", config["rounds"])
     whole("seed", config["seed"], 0)
+    cores()  # says what is wrong with $FEDSIM_CORES
     one_of("attacker", config.get("attacker", "naive"), ATTACKERS)
     device_of(config["device"])
     check_targets(config)
