@@ -468,7 +468,8 @@ def _leak_in_rows(leaks: pd.DataFrame, attack: str, shown: _Leak) -> Figure:
     """Of many defenses, a row each, all rounds together."""
     contenders = leaks["defense"].str.removesuffix(KNOWING)
     rows = _in_order(contenders)
-    figure, axes = _figure(8.0, 0.27 * len(rows) + 1.6)
+    names = 0.067 * max(map(len, rows))  # inches, at 8 points
+    figure, axes = _figure(max(8.0, names + 5.0), 0.27 * len(rows) + 1.6)
     looks = (("naive", "does not know the defense", MEDIAN, "o", -0.15), ("adaptive", "knows it", WORST, "D", 0.15))
     for who, says, colour, marker, shift in looks:
         of = leaks[leaks["attacker"] == who]

@@ -48,6 +48,17 @@ def test_many_defenses_have_a_row_each_with_both_attackers():
     assert adaptive[:, 1].tolist() == pytest.approx([i + 0.15 for i in range(1, 46)])
 
 
+def test_names_of_any_length_leave_room_for_the_marks():
+    named = leaks().assign(attack="cosine_adam")
+    named["defense"] = "pruning share=0.2 mode=literal, init=Kaiming distribution=uniform activation=sigmoid " + named["defense"]
+    figure = plots._leak(named, "cosine_adam", plots.IMAGES)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    for text in (axes.title, axes.xaxis.label, *axes.get_yticklabels()):
+        box = text.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1, text.get_text()
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("many", [2, 12, 45])
 def test_legends_of_any_length_fit_their_figure(many, tmp_path):
