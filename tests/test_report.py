@@ -20,7 +20,7 @@ from test_cli import fedsim
 from experiments import plots, report, runner, table
 from experiments.config import compose
 from experiments.naming import contender
-from fedsim.files import read_json, write_json
+from fedsim.files import read_json, read_table, write_json, write_table
 from fedsim.run import RunFolder
 from fedsim.setup import setup_of
 
@@ -155,6 +155,22 @@ def test_numbers_are_those_of_the_tables(study, page):
     every = pd.concat([folder.leaks() for folder in folders])
     assert (grey["name"], grey["median"]) == ("a grey card", every["grey_psnr_db"].median())
     assert (mean["name"], mean["share"]) == ("the mean image", (every["mean_image_mse"] < 0.03).mean())
+
+
+def test_what_a_run_that_broke_off_learned_and_sent_is_not_averaged_with_others(study, tmp_path):
+    runs = tmp_path / "runs"
+    shutil.copytree(study / "none", runs / "whole")
+    runner.start(compose([*SMALL, "seed=1"]), runs / "broken", "fedsim a test")
+    path = runs / "broken" / "rounds.parquet"
+    write_table(path, read_table(path).query("round < 2"))
+    assert fedsim("report", runs, "-o", tmp_path / "report.html") == 0
+    data, rounds = data_in(tmp_path / "report.html"), RunFolder(runs / "whole").rounds()
+    (one,), (point,) = data["contenders"], [point for point in data["points"] if point["stage"] is None]
+    for shown in (one, point):
+        assert shown["accuracy"] == rounds["accuracy"].iloc[-1]
+        assert shown["sent"] == rounds["bytes_up"].sum()
+    assert point["n"] == sum(len(RunFolder(runs / name).leaks()) for name in ("whole", "broken"))
+    assert any("no run of the same defense came further: " in line for line in data["words"])
 
 
 def test_pictures_are_the_originals_and_what_was_made_of_them(study, page):

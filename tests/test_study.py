@@ -164,6 +164,13 @@ def test_a_budget_that_is_no_time_is_told(budget, tiny, capsys):
     assert f"such as 30m, not '{budget}'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seeds", ["0,-1", "-1,0"])
+def test_a_bad_seed_among_others_stops_a_study_before_it_begins(seeds, tiny, capsys):
+    assert main(["study", "tiny", f"seed={seeds}", "-o", str(tiny / "out")]) != 0
+    assert "seed must be a whole number >= 0, got -1" in capsys.readouterr().err
+    assert not (tiny / "out").exists()
+
+
 def test_a_dry_run_names_the_cells_and_does_nothing(tiny, capsys):
     assert main(["study", "tiny", "--dry-run", "--full", "seed=0,1", "-o", str(tiny / "out")]) == 0
     said = capsys.readouterr().out.splitlines()
