@@ -5,14 +5,17 @@ labels. An entry is negative only where a label is, so the batch's labels stand 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from attacks.evidence import believed, fed_to_linear, gradient_of, step_length
-from fedsim.defense import Explained
+from attacks.evidence import believed, completed, fed_to_linear, gradient_of, step_length
+from fedsim.defense import Belief, Explained
 from fedsim.observation import Knowledge, Observation
+
+PUBLIC = 64  # images that stand for those of clients
 
 
 def analytic_labels(update: Mapping[str, Tensor], num_classes: int, batch_size: int = 1, predicted: Tensor | None = None) -> Tensor:
@@ -32,15 +35,19 @@ def analytic_labels(update: Mapping[str, Tensor], num_classes: int, batch_size: 
 def labels_behind(seen: Sequence[Observation], known: Knowledge, model: nn.Module, batch_size: int) -> Tensor:
     """(B,) int64, the labels of B images, in ascending order, given updates of them: as `analytic_labels` from the mean update.
 
-    Somebody who knows a defense that leaves the head's bias without bounds, by noise or by leaving it out, asks the whole head: its
-    gradient is about mean(p - y) times the features, which are about those of any image, and is solved for the former by least
-    squares over all entries that tell of it. One number a class is then estimated from hundreds.
+    Somebody who knows a defense that leaves the head's bias without bounds, by noise or by leaving it out, asks the whole head. Of
+    one image it is the label under which some public image explains the head best, where the bias alone does not settle it. Of a
+    batch, the head's gradient is about mean(p - y) times the features, which are about those of any image, and is solved for the
+    former by least squares over all entries that tell of it. One number a class is then estimated from hundreds.
     """
+    explained = isinstance(known.defense, Explained)
+    if explained and batch_size == 1 and (label := _explaining_label(seen, known, model)) is not None:
+        return label.reshape(1)
     noise = torch.rand((32, *known.image_shape), generator=torch.Generator().manual_seed(0))
     _, logits = fed_to_linear(model, seen[-1].params, seen[-1].buffers, noise.to(_device(seen[-1])))
     signals = []
     for view in seen:
-        pooled = _pooled_signal(view, known, model) if isinstance(known.defense, Explained) else None
+        pooled = _pooled_signal(view, known, model, batch_size) if explained else None
         signals.append(_class_signal(gradient_of(view, known), known.num_classes) if pooled is None else pooled)
     return _counted(torch.stack(signals).mean(0), batch_size, logits.softmax(-1).mean(0))
 
@@ -106,24 +113,104 @@ def labels_at(seen: Observation, known: Knowledge, model: nn.Module, images: Ten
     return hard, one_hot(hard, k).to(logits.dtype)
 
 
-def _pooled_signal(seen: Observation, known: Knowledge, model: nn.Module) -> Tensor | None:
+@dataclass(frozen=True)
+class _Head:
+    """What is known of the gradient of a network's last linear layer, its bias (if any) the last column, and of what it is fed.
+
+    told    each part of it (K, D) or (K, D + 1)
+    fed     (N, D) or (N, D + 1) what N images feed it, 1 for the bias
+    logits  (N, K) what it makes of these
+    biased  whether the last column is a bias
+    sure    whether the bias was sent, and is known to a cell or to a side of it, value and all
+    """
+
+    told: Belief
+    fed: Tensor
+    logits: Tensor
+    biased: bool = False
+    sure: bool = False
+
+    @classmethod
+    def of(cls, seen: Observation, known: Knowledge, model: nn.Module) -> "_Head | None":
+        """With public images, or noise where there are none; None if the model has no such head."""
+        images = torch.rand((PUBLIC, *known.image_shape), generator=torch.Generator().manual_seed(0))
+        if known.public is not None:
+            images, _ = known.public.batch(torch.arange(min(PUBLIC, len(known.public))))
+        fed, logits = fed_to_linear(model, seen.params, seen.buffers, images.to(_device(seen)))
+        told = believed(seen, known, scale=step_length(known))
+        names = [n for n in fed if f"{n}.weight" in told and len(told[f"{n}.weight"].value) == known.num_classes]
+        if not names:
+            return None
+        weight, bias, h = told[f"{names[-1]}.weight"], told.get(f"{names[-1]}.bias"), fed[names[-1]]
+        if bias is None:
+            return cls(weight, h, logits)
+        parts = [torch.cat([getattr(weight, f.name), getattr(bias, f.name)[:, None]], 1) for f in fields(Belief)]
+        bounded = seen.packets[f"{names[-1]}.bias"].sent() & (bias.low.isfinite() | bias.high.isfinite())
+        return cls(
+            told=Belief(*parts),
+            fed=torch.cat([h, torch.ones_like(h[:, :1])], 1),
+            logits=logits,
+            biased=True,
+            sure=bool(bounded.all() & weight.weight.any()),
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """What each value counts for; signs bound each entry, and their values are all there is."""
+        return self.told.weight if self.told.weight.any() else torch.ones_like(self.told.weight)
+
+    def least(self) -> Tensor | None:
+        """The class whose bias is surely the smallest, a scalar; None if that is not sure."""
+        low, high = self.told.low[:, -1], self.told.high[:, -1]
+        least = self.told.value[:, -1].argmin()
+        others = torch.arange(len(low), device=low.device) != least
+        return least if self.biased and bool((high[least] <= low[others]).all()) else None
+
+    def unexplained(self, label: int) -> Tensor:
+        """(N,) the share of what was told that each image leaves unexplained under this label, at the length that suits it best."""
+        errors = self.logits.softmax(-1)
+        errors[:, label] -= 1
+        g, told, weight = errors[:, :, None] * self.fed[:, None, :], self.told, self.weight
+        tiny = torch.finfo(g.dtype).tiny
+        length = (weight * g * told.value).sum((1, 2)) / (weight * g.square()).sum((1, 2)).clamp(min=tiny)
+        g = g * length.clamp(min=tiny)[:, None, None]
+        off = g - completed({"": g}, {"": Belief(told.value, told.low, told.high, weight)})[""]
+        return off.square().sum((1, 2)) / (weight * told.value.square()).sum().clamp(min=tiny)
+
+
+def _explaining_label(seen: Sequence[Observation], known: Knowledge, model: nn.Module) -> Tensor | None:
+    """The label of one image, a scalar, given updates of it; None if the model has no head that can be asked."""
+    far = []
+    for view in seen:
+        head = _Head.of(view, known, model)
+        if head is None:
+            return None
+        if (least := head.least()) is not None:
+            return least
+        far.append(torch.stack([head.unexplained(label) for label in range(known.num_classes)], 1))
+    return torch.stack(far).sum(0).amin(0).argmin()
+
+
+def _pooled_signal(seen: Observation, known: Knowledge, model: nn.Module, batch_size: int) -> Tensor | None:
     """(K,) mean(p - y) from all of the head that was sent; None where its bias says it, or the model has no such head."""
-    told = believed(seen, known, scale=step_length(known))
-    images = torch.rand((64, *known.image_shape), generator=torch.Generator().manual_seed(0))
-    if known.public is not None:
-        images, _ = known.public.batch(torch.arange(min(64, len(known.public))))
-    fed, _ = fed_to_linear(model, seen.params, seen.buffers, images.to(_device(seen)))
-    heads = [name for name, h in fed.items() if f"{name}.weight" in told and len(told[f"{name}.weight"].value) == known.num_classes]
-    if not heads or f"{heads[-1]}.bias" not in told:
+    head = _Head.of(seen, known, model)
+    if head is None or not head.biased or head.sure:
         return None
-    weight, bias = (told[f"{heads[-1]}.{part}"] for part in ("weight", "bias"))
-    if bool((seen.packets[f"{heads[-1]}.bias"].sent() & (bias.high - bias.low).isfinite()).all()):
-        return None
-    features = fed[heads[-1]].mean(0)
-    features = torch.cat([features, torch.ones_like(features[:1])]).double()
-    values, weights = (torch.cat([getattr(weight, part), getattr(bias, part)[:, None]], 1).double() for part in ("value", "weight"))
-    weights = weights if weights.any() else torch.ones_like(weights)  # signs bound each entry, and their values are all there is
-    return (weights * values) @ features / (weights @ features.square()).clamp(min=1e-12)
+    low, high, fed = head.told.low.double(), head.told.high.double(), head.fed.double()
+    cell = (high - low).isfinite()
+    values = torch.where(cell, (low + high) / 2, head.told.value.double())
+    weight = torch.where(cell, 1.0, head.weight.double())
+    rounding = torch.where(cell, high - low, 0.0).square() / 12
+    # The gradient's columns add up to 0, so what whole ones add up to is error. Besides, features differ between images.
+    error = ((weight * values).sum(0).square() - rounding.sum(0))[(weight > 0).all(0)]
+    noise = error.mean().clamp(min=0) / len(values) if len(error) else 0.0
+    # Before anything is seen, labels are taken for equally likely.
+    expected = head.logits.double().softmax(-1).mean(0) - 1 / len(values)
+    spread = (1 - 1 / len(values)) / len(values)
+    differing = (spread + expected.square())[:, None] * fed.var(0) / batch_size
+    trust, mean = weight / (noise + rounding + differing).clamp(min=1e-12), fed.mean(0)
+    prior = batch_size / spread
+    return ((trust * values) @ mean + prior * expected) / (trust @ mean.square() + prior)
 
 
 def _class_signal(update: Mapping[str, Tensor], num_classes: int) -> Tensor:

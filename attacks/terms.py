@@ -60,11 +60,24 @@ def squared_norm(gradients: Candidates) -> Tensor:
 
 
 class Observed(dict[str, Tensor]):
-    """What stays the same from one evaluation to the next: its norm is computed once."""
+    """What stays the same from one evaluation to the next: what is made of it alone is computed once."""
 
     @cached_property
     def squared_norm(self) -> Tensor:
+        """Over all tensors together, (P,)."""
         return squared_norm(dict(self))
+
+    @cached_property
+    def direction(self) -> dict[str, Tensor]:
+        """All tensors divided by the norm."""
+        norm = self.squared_norm
+        factors = norm.clamp(min=torch.finfo(norm.dtype).tiny).rsqrt()
+        return {name: scaled(t, factors) for name, t in self.items()}
+
+    @cached_property
+    def nonzero(self) -> Tensor:
+        """(tensors, P) 1 where a tensor has an entry that is not zero, else 0."""
+        return torch.stack([t.flatten(1).any(1) for t in self.values()])
 
 
 class Gap(Protocol):
@@ -108,12 +121,11 @@ class CosineGap:
 
     def __call__(self, candidate: Candidates, observed: Gradients) -> Tensor:
         # 1 - cos is half the squared distance of the two directions, which float32 can tell from 0 where it cannot tell cos from 1.
-        counted = torch.stack([t.flatten(1).any(1) for t in observed.values()]) if self.skip_zero else 1.0
+        observed = observed if isinstance(observed, Observed) else Observed(observed)
+        counted = observed.nonzero if self.skip_zero else 1.0
         ours = (counted * torch.stack([inner(candidate[name], candidate[name]) for name in observed])).sum(0)
-        theirs = squared_norm(observed)
-        tiny = torch.finfo(theirs.dtype).tiny
-        ours, theirs = ours.clamp(min=tiny).rsqrt(), theirs.clamp(min=tiny).rsqrt()
-        apart = torch.stack([distance(scaled(candidate[name], ours), scaled(t, theirs)) for name, t in observed.items()])
+        factors = ours.clamp(min=torch.finfo(ours.dtype).tiny).rsqrt()
+        apart = torch.stack([distance(scaled(candidate[name], factors), t) for name, t in observed.direction.items()])
         return (counted * apart).sum(0) / 2
 
     def unit(self, observed: Gradients) -> Tensor:

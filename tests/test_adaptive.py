@@ -19,6 +19,7 @@ from defenses import (
     DPFedAvg,
     ErrorFeedback,
     GaussianNoise,
+    KMeansQuantization,
     NoDefense,
     Partial,
     RandomK,
@@ -33,7 +34,7 @@ from experiments.config import compose
 from experiments.runner import attack_again, attack_of, start, with_history
 from fedsim.data import load
 from fedsim.defense import Belief, Defense, hooks_of
-from fedsim.models import lenet
+from fedsim.models import lenet, mlp
 from fedsim.observation import Knowledge, Observation
 from fedsim.seeding import generator
 from fedsim.setup import setup_of
@@ -210,6 +211,68 @@ def test_labels_that_the_bias_does_not_tell_are_read_off_the_whole_head(defense)
     )
     assert int((naive == truth).sum()) < 12
     assert int((knowing == truth).sum()) >= 22
+
+
+HIDING = [
+    KMeansQuantization(16),
+    TopK(0.8),
+    GaussianNoise(variance=0.01),
+    RandomK(0.1),
+    ErrorFeedback(SignSGD()),
+]
+
+
+def behind(defense: Defense, batch_size: int, network: int) -> tuple[torch.nn.Module, Observation, Tensor, Knowledge]:
+    """A client of a network whose features are as often below zero as above: their mean over images says nothing."""
+    normalised: dict = {"mean": DATA.mean, "std": DATA.std}
+    model = mlp(DATA.image_shape, 10, hidden=(64,), activation="tanh", **normalised, rng=generator(0, "network", network))
+    images, labels = DATA.train.batch(torch.randint(64, (batch_size,), generator=generator(0, "batch", network)))
+    params, buffers = split(model)
+    update = local_update(model, params, buffers, [(images, labels)], lr=1.0).update
+    packets, _ = defense(pack(update), defense.init(update), generator(0, "defense", network))
+    known = Knowledge(DATA.image_shape, 10, lr=1.0, local_steps=1, public=DATA.test)
+    return model, Observation(params, packets, batch_size), labels, known
+
+
+@pytest.mark.parametrize("defense", HIDING, ids=repr)
+def test_the_label_is_the_one_under_which_some_public_image_explains_the_head(defense):
+    right = {None: 0, defense: 0}
+    for i in range(24):
+        model, seen, labels, known = behind(defense, 1, i)
+        for told in right:
+            right[told] += int(labels_behind([seen], replace(known, defense=told), model, 1) == labels)
+    assert right[defense] >= max(22, right[None])
+
+
+@pytest.mark.parametrize("defense", HIDING, ids=repr)
+def test_labels_of_a_batch_are_counted_no_worse_by_who_knows_the_defense(defense):
+    right = {None: 0, defense: 0}
+    for i in range(12):
+        model, seen, labels, known = behind(defense, 16, i)
+        for told in right:
+            found = labels_behind([seen], replace(known, defense=told), model, 16)
+            right[told] += int(torch.minimum(torch.bincount(found, minlength=10), torch.bincount(labels, minlength=10)).sum())
+    assert right[defense] >= 0.95 * right[None]
+
+
+def test_a_head_without_a_bias_is_asked_as_well():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        features = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 64), torch.nn.Tanh())
+        model = torch.nn.Sequential(features, torch.nn.Linear(64, 10, bias=False))
+    with torch.no_grad():
+        features[1].bias.copy_(-features[1].weight.sum(1) / 2)  # features of grey are 0
+    params, buffers = split(model)
+    defense, right = RandomK(0.3), {None: 0, RandomK(0.3): 0}
+    known = Knowledge(DATA.image_shape, 10, lr=1.0, local_steps=1, public=DATA.test)
+    for i in range(24):
+        images, labels = DATA.train.batch(torch.tensor([i]))
+        update = local_update(model, params, buffers, [(images, labels)], lr=1.0).update
+        packets, _ = defense(pack(update), {}, generator(0, "defense", i))
+        for told in right:
+            right[told] += int(labels_behind([Observation(params, packets, 1)], replace(known, defense=told), model, 1) == labels)
+    assert right[None] < 16
+    assert right[defense] >= 20
 
 
 def test_labels_of_a_batch_are_counted_through_what_was_left_out():
