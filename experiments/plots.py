@@ -41,6 +41,10 @@ from fedsim.setup import setup_of
 TRIVIAL = {"grey": "a grey card", "mean_image": "the mean image", "mean_colour": "its mean colour"}  # what knowing nothing makes
 KNOWING = ", adaptive"  # ends the label of an attacker who knows the defense
 MEDIAN, WORST = "#0072B2", "#D55E00"
+ATTACKERS = (  # in figures with a row for each defense: name, what it says, colour, marker, place beside the row's middle
+    ("naive", "does not know the defense", MEDIAN, "o", -0.15),
+    ("adaptive", "knows it", WORST, "D", 0.15),
+)
 PERFECT = 60.0  # dB; better than any eye, and an exact copy has no finite PSNR
 MARGIN = 0.02  # of accuracy: what a defense may cost and still count as equivalent to none
 FEW = 8  # contenders that a legend inside the axes has room for
@@ -470,8 +474,7 @@ def _leak_in_rows(leaks: pd.DataFrame, attack: str, shown: _Leak) -> Figure:
     rows = _in_order(contenders)
     names = 0.067 * max(map(len, rows))  # inches, at 8 points
     figure, axes = _figure(max(8.0, names + 5.0), 0.27 * len(rows) + 1.6)
-    looks = (("naive", "does not know the defense", MEDIAN, "o", -0.15), ("adaptive", "knows it", WORST, "D", 0.15))
-    for who, says, colour, marker, shift in looks:
+    for who, says, colour, marker, shift in ATTACKERS:
         of = leaks[leaks["attacker"] == who]
         place = contenders[of.index].map({name: row + shift for row, name in enumerate(rows)})
         axes.scatter(of[shown.column].clip(upper=shown.most), place, s=12, marker=marker, color=colour, alpha=0.3, linewidth=0)
@@ -485,20 +488,37 @@ def _leak_in_rows(leaks: pd.DataFrame, attack: str, shown: _Leak) -> Figure:
     return figure
 
 
+def _final(rounds: pd.DataFrame, victims: pd.DataFrame) -> pd.Series:
+    """The last accuracy of each of the victims' runs; of those that came furthest, where some broke off."""
+    of = rounds[rounds["run"].isin(victims["run"])].dropna(subset="accuracy").sort_values("round")
+    return furthest(of).groupby("run")["accuracy"].last()
+
+
+def _rate(victims: pd.DataFrame) -> tuple[Rate, list[list[float]]]:
+    """How many were stolen, and how far its interval reaches below and above the share."""
+    rate = Rate(int((victims["verdict"] == "stolen").sum()), len(victims))
+    low, high = rate.interval
+    return rate, [[max(0.0, rate.share - low)], [max(0.0, high - rate.share)]]
+
+
+def _range(final: pd.Series) -> list[list[float]]:
+    """How far the smallest and the largest are from the mean."""
+    return [[final.mean() - final.min()], [final.max() - final.mean()]]
+
+
 def _pareto(rounds: pd.DataFrame, leaks: pd.DataFrame, attack: str, what: str) -> Figure:
     leaks = leaks[leaks["attack"] == attack]
+    if leaks["defense"].nunique() > 2 * FEW:
+        return _pareto_in_rows(rounds, leaks, attack, what)
     figure, axes = _figure(8.0, 4.0, entries=leaks["defense"].nunique())
     for i, defense in enumerate(_in_order(leaks["defense"])):
         victims = leaks[leaks["defense"] == defense]
-        of = rounds[rounds["run"].isin(victims["run"])].dropna(subset="accuracy").sort_values("round")
-        final = of.groupby("run")["accuracy"].last()
-        rate = Rate(int((victims["verdict"] == "stolen").sum()), len(victims))
-        low, high = rate.interval
+        final, (rate, reach) = _final(rounds, victims), _rate(victims)
         axes.errorbar(
             [rate.share],
             [final.mean()],
-            xerr=[[max(0.0, rate.share - low)], [max(0.0, high - rate.share)]],
-            yerr=[[final.mean() - final.min()], [final.max() - final.mean()]],
+            xerr=reach,
+            yerr=_range(final),
             label=f"{defense}: {rate.passed}/{rate.n}",
             markersize=7,
             capsize=3,
@@ -512,6 +532,36 @@ def _pareto(rounds: pd.DataFrame, leaks: pd.DataFrame, attack: str, what: str) -
     _percent(axes.xaxis)
     _percent(axes.yaxis)
     _legend(axes, beside=True)
+    return figure
+
+
+def _pareto_in_rows(rounds: pd.DataFrame, leaks: pd.DataFrame, attack: str, what: str) -> Figure:
+    """Of many defenses, a row each: what its strongest attacker stole, the least first, beside its accuracy."""
+    contenders = leaks["defense"].str.removesuffix(KNOWING)
+    found = {
+        name: (_final(rounds, of), {who: _rate(some) for who, some in of.groupby("attacker")})
+        for name, of in leaks.groupby(contenders, sort=False)
+    }
+    rows = sorted(found, key=lambda name: (max(rate.share for rate, _ in found[name][1].values()), -found[name][0].mean()))
+    names = 0.067 * max(map(len, rows))  # inches, at 8 points
+    size = (names + 8.0, 0.27 * len(rows) + 1.6)
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    look = {"markersize": 5, "capsize": 2, "elinewidth": 1, "linestyle": "none"}
+    for row, name in enumerate(rows):
+        final = found[name][0]
+        left.errorbar([final.mean()], [row], xerr=_range(final), color="#555555", marker="s", **look)
+    for who, says, colour, marker, shift in ATTACKERS:
+        for row, name in enumerate(rows):
+            if who in found[name][1]:
+                rate, reach = found[name][1][who]
+                label = None if says in right.get_legend_handles_labels()[1] else says
+                right.errorbar([rate.share], [row + shift], xerr=reach, color=colour, marker=marker, label=label, **look)
+    left.set_yticks(range(len(rows)), rows, fontsize=8)
+    left.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, None), xlabel="accuracy at the end (range over seeds)", title="Better is right")
+    right.set(xlim=(-0.02, 1.02), xlabel=f"{what} stolen by {attack} (95 % interval)", title="Better is left")
+    for axes in (left, right):
+        _percent(axes.xaxis)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 

@@ -48,6 +48,29 @@ def test_many_defenses_have_a_row_each_with_both_attackers():
     assert adaptive[:, 1].tolist() == pytest.approx([i + 0.15 for i in range(1, 46)])
 
 
+def test_many_defenses_are_ranked_by_the_stronger_attacker_and_by_what_they_cost():
+    some = leaks()
+    some = some.assign(run=some["defense"].str.removesuffix(plots.KNOWING), verdict="not stolen")
+    seen = some["defense"].isin([NAMES[3], NAMES[7] + plots.KNOWING])
+    some.loc[seen, "verdict"] = "stolen"
+    rounds = pd.DataFrame(
+        {"run": name, "round": round, "accuracy": 0.01 * i * round} for i, name in enumerate(["none", *NAMES]) for round in (1, 2)
+    )
+    broken = rounds[rounds["run"] == NAMES[9]].assign(run="broken")[:1]
+    some.loc[some.index[some["run"] == NAMES[9]][:1], "run"] = "broken"
+    figure = plots._pareto(pd.concat([rounds, broken]), some, "dlg", "images")
+    left, right = figure.axes
+    best_first = [*NAMES[::-1], "none"]
+    ranked = [name for name in best_first if name not in (NAMES[3], NAMES[7])] + [NAMES[7], NAMES[3]]
+    assert [label.get_text() for label in left.get_yticklabels()] == ranked
+    points = [bar.lines[0].get_xydata()[0].tolist() for bar in right.containers]
+    naive, adaptive = points[:46], points[46:]  # nobody is adaptive against none
+    assert [place for place in naive if place[0]] == [[1.0, 45 - 0.15]]
+    assert [place for place in adaptive if place[0]] == [[1.0, 44 + 0.15]]
+    costs = {row: x for (x, row) in (bar.lines[0].get_xydata()[0].tolist() for bar in left.containers)}
+    assert costs[ranked.index(NAMES[9])] == pytest.approx(0.2)  # and not 0.15, with what broke off
+
+
 def test_names_of_any_length_leave_room_for_the_marks():
     named = leaks().assign(attack="cosine_adam")
     named["defense"] = "pruning share=0.2 mode=literal, init=Kaiming distribution=uniform activation=sigmoid " + named["defense"]
