@@ -263,9 +263,15 @@ def trend(
     levels: Sequence[Any],
     where: Where | None = None,
 ) -> Answer:
-    """Kendall's rank correlation of the column with the place of the level, over victims."""
+    """Kendall's rank correlation of the column with the place of the level, over victims.
+
+    A study of the quick size has fewer levels: those not measured are left out, but three of several are a trend's least.
+    """
     one_of("expect", expect, ("rises", "falls"))
-    groups = [_some(found.values({**(where or {}), along: level}, column, attacker)).to_numpy() for level in levels]
+    groups = [found.values({**(where or {}), along: level}, column, attacker).to_numpy() for level in levels]
+    groups = [group for group in groups if len(group)]
+    if len(groups) < min(3, len(levels)):
+        raise NotMeasured
     places = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     values = np.concatenate(groups)
     p = {way: float(stats.kendalltau(places, values, alternative=way).pvalue) for way in ("greater", "less")}

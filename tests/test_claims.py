@@ -129,6 +129,15 @@ def test_a_trend_goes_along_a_setting_and_the_numbers_are_shown():
     assert said[0].ours.startswith("28.5 dB → 23.5 dB → 13.5 dB")
 
 
+def test_a_trend_of_several_levels_needs_three():
+    along = {"column": "psnr_db", "along": "federation.batch_size", "levels": [1, 2, 4, 8], "expect": "falls"}
+    cells = [Cell([f"federation.batch_size={b}"], {"naive": np.array(GOOD) - 2 * b}) for b in (1, 4, 8)]
+    (said,) = verify([claim("trend", **along)], {"dlg-noise": cells})
+    assert said.verdict == HOLDS
+    assert said.ours.startswith("31.5 dB → 25.5 dB → 17.5 dB")
+    assert verdict(claim("trend", **along), *cells[:2]) == MISSING
+
+
 def test_a_trend_goes_along_the_rounds_of_a_training():
     cells = [Cell([f"seed={seed}"], {"naive": GOOD}, accuracy=0.5 + seed / 100) for seed in (0, 1, 2)]
     for cell in cells:
