@@ -16,6 +16,7 @@ from fedsim.defense import Belief, Explained
 from fedsim.observation import Knowledge, Observation
 
 PUBLIC = 64  # images that stand for those of clients
+LIKELY = 10  # labels of an image that are held against all that is known
 
 
 def analytic_labels(update: Mapping[str, Tensor], num_classes: int, batch_size: int = 1, predicted: Tensor | None = None) -> Tensor:
@@ -166,29 +167,41 @@ class _Head:
         others = torch.arange(len(low), device=low.device) != least
         return least if self.biased and bool((high[least] <= low[others]).all()) else None
 
-    def unexplained(self, label: int) -> Tensor:
-        """(N,) the share of what was told that each image leaves unexplained under this label, at the length that suits it best."""
-        errors = self.logits.softmax(-1)
-        errors[:, label] -= 1
-        g, told, weight = errors[:, :, None] * self.fed[:, None, :], self.told, self.weight
-        tiny = torch.finfo(g.dtype).tiny
-        length = (weight * g * told.value).sum((1, 2)) / (weight * g.square()).sum((1, 2)).clamp(min=tiny)
-        g = g * length.clamp(min=tiny)[:, None, None]
-        off = g - completed({"": g}, {"": Belief(told.value, told.low, told.high, weight)})[""]
-        return off.square().sum((1, 2)) / (weight * told.value.square()).sum().clamp(min=tiny)
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """(N, K) the length at which an image, under a label, is nearest to the values that were told; and the share it leaves."""
+        value, weight, p = self.told.value, self.weight, self.logits.softmax(-1)
+        tiny = torch.finfo(p.dtype).tiny
+        along, square = self.fed @ (weight * value).T, self.fed.square() @ weight.T
+        products = (p * along).sum(1, keepdim=True) - along
+        squares = (p.square() * square).sum(1, keepdim=True) + (1 - 2 * p) * square
+        lengths = (products / squares.clamp(min=tiny)).clamp(min=tiny)
+        return lengths, 1 - lengths * products / (weight * value.square()).sum().clamp(min=tiny)
+
+    def unexplained(self, labels: Tensor) -> Tensor:
+        """(N, L) the share of all that was told that each image leaves under these labels, bounds and all."""
+        weight, (lengths, _) = self.weight, self.lengths()
+        told = Belief(self.told.value, self.told.low, self.told.high, weight)
+        errors = self.logits.softmax(-1)[:, None, :] - one_hot(labels, len(weight))
+        far = []
+        for error, fed, length in zip(errors, self.fed, lengths[:, labels], strict=True):
+            g = (length[:, None] * error)[:, :, None] * fed
+            far.append((g - completed({"": g}, {"": told})[""]).square().sum((1, 2)))
+        return torch.stack(far) / (weight * told.value.square()).sum().clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def _explaining_label(seen: Sequence[Observation], known: Knowledge, model: nn.Module) -> Tensor | None:
     """The label of one image, a scalar, given updates of it; None if the model has no head that can be asked."""
-    far = []
+    heads = []
     for view in seen:
         head = _Head.of(view, known, model)
         if head is None:
             return None
         if (least := head.least()) is not None:
             return least
-        far.append(torch.stack([head.unexplained(label) for label in range(known.num_classes)], 1))
-    return torch.stack(far).sum(0).amin(0).argmin()
+        heads.append(head)
+    by_values = torch.stack([head.lengths()[1] for head in heads]).sum(0).amin(0)
+    likely = by_values.argsort()[:LIKELY]
+    return likely[torch.stack([head.unexplained(likely) for head in heads]).sum(0).amin(0).argmin()]
 
 
 def _pooled_signal(seen: Observation, known: Knowledge, model: nn.Module, batch_size: int) -> Tensor | None:
@@ -207,7 +220,7 @@ def _pooled_signal(seen: Observation, known: Knowledge, model: nn.Module, batch_
     # Before anything is seen, labels are taken for equally likely.
     expected = head.logits.double().softmax(-1).mean(0) - 1 / len(values)
     spread = (1 - 1 / len(values)) / len(values)
-    differing = (spread + expected.square())[:, None] * fed.var(0) / batch_size
+    differing = (spread + expected.square())[:, None] * fed.var(0, correction=0) / batch_size
     trust, mean = weight / (noise + rounding + differing).clamp(min=1e-12), fed.mean(0)
     prior = batch_size / spread
     return ((trust * values) @ mean + prior * expected) / (trust @ mean.square() + prior)

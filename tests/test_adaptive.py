@@ -222,15 +222,18 @@ HIDING = [
 ]
 
 
-def behind(defense: Defense, batch_size: int, network: int) -> tuple[torch.nn.Module, Observation, Tensor, Knowledge]:
+def behind(
+    defense: Defense, batch_size: int, network: int, classes: int = 10
+) -> tuple[torch.nn.Module, Observation, Tensor, Knowledge]:
     """A client of a network whose features are as often below zero as above: their mean over images says nothing."""
     normalised: dict = {"mean": DATA.mean, "std": DATA.std}
-    model = mlp(DATA.image_shape, 10, hidden=(64,), activation="tanh", **normalised, rng=generator(0, "network", network))
+    model = mlp(DATA.image_shape, classes, hidden=(64,), activation="tanh", **normalised, rng=generator(0, "network", network))
     images, labels = DATA.train.batch(torch.randint(64, (batch_size,), generator=generator(0, "batch", network)))
+    labels = labels if classes == 10 else torch.randint(classes, (batch_size,), generator=generator(0, "labels", network))
     params, buffers = split(model)
     update = local_update(model, params, buffers, [(images, labels)], lr=1.0).update
     packets, _ = defense(pack(update), defense.init(update), generator(0, "defense", network))
-    known = Knowledge(DATA.image_shape, 10, lr=1.0, local_steps=1, public=DATA.test)
+    known = Knowledge(DATA.image_shape, classes, lr=1.0, local_steps=1, public=DATA.test)
     return model, Observation(params, packets, batch_size), labels, known
 
 
@@ -242,6 +245,14 @@ def test_the_label_is_the_one_under_which_some_public_image_explains_the_head(de
         for told in right:
             right[told] += int(labels_behind([seen], replace(known, defense=told), model, 1) == labels)
     assert right[defense] >= max(22, right[None])
+
+
+def test_the_label_is_found_among_many_classes():
+    right, defense = 0, RandomK(0.1)
+    for i in range(24):
+        model, seen, labels, known = behind(defense, 1, i, classes=100)
+        right += int(labels_behind([seen], replace(known, defense=defense), model, 1) == labels)
+    assert right >= 22
 
 
 @pytest.mark.parametrize("defense", HIDING, ids=repr)
