@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from experiments.config import Config, build_checked
 from experiments.study import training, victims_of
@@ -56,19 +57,32 @@ def _key(config: Config) -> str:
     return json.dumps({"model": model, "data": config["data"]}, sort_keys=True)
 
 
+def parameters(config: Config) -> int:
+    """How many a run's network has."""
+    return sum(p.numel() for p in _network(_key(config))[0].parameters())
+
+
+@functools.cache
+def _network(text: str) -> tuple[nn.Module, tuple[int, ...], int]:
+    """A run's network, the shape that it is given, and how many classes it tells apart; of the `_key` of the run."""
+    config = json.loads(text)
+    shape: tuple[int, ...] = (LENGTH,)
+    classes = VOCABULARY
+    if config["data"]["name"] != "text":
+        shape, classes = image_shape(config["data"]["name"], config["data"].get("side")), 10
+    return build_checked("model", config["model"], image_shape=shape, num_classes=classes), shape, classes
+
+
 @functools.cache
 def _gradient(text: str, batch: int) -> float:
     """Seconds of one gradient of a batch, the fastest of three."""
-    config = json.loads(text)
-    if config["data"]["name"] == "text":
-        shape: tuple[int, ...] = (LENGTH,)
-        classes, images = VOCABULARY, torch.randint(VOCABULARY, (batch, LENGTH))
+    model, shape, classes = _network(text)
+    if shape == (LENGTH,):
+        images = torch.randint(classes, (batch, LENGTH))
         labels = torch.full((batch, LENGTH), IGNORED)
         labels[:, 0] = 0
     else:
-        shape, classes = image_shape(config["data"]["name"], config["data"].get("side")), 10
         images, labels = torch.rand(batch, *shape), torch.zeros(batch, dtype=torch.int64)
-    model = build_checked("model", config["model"], image_shape=shape, num_classes=classes)
     model.train()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -190,9 +190,16 @@ def _shared(cells: dict[str, Config], base: Path) -> int:
 def lots(cells: dict[str, Config]) -> list[dict[str, Config]]:
     """The cells in lots that are run by one process, each in the order of the grid.
 
-    In a lot are those that learn the same, and with them as many of the same shape as make a program of a good size.
+    In a lot are those that learn the same, and with them as many of the same shape as make a program of a good size. On a CPU the
+    victims of a large network are no faster together, and alone less is lost when a study is killed.
     """
+    from attacks.matching import SMALL
+    from experiments.estimate import parameters
     from fedsim.setup import device_of
+
+    def room(config: Config) -> int:
+        device = device_of(config["device"]).type
+        return VICTIMS[device] if device != "cpu" or parameters(config) <= SMALL else 1
 
     families: dict[str, list[str]] = defaultdict(list)
     for name, config in cells.items():
@@ -202,7 +209,7 @@ def lots(cells: dict[str, Config]) -> list[dict[str, Config]]:
     for members in families.values():
         of = {name: cells[name] for name in members}
         for shape, count in ((_shape(config), victims_of(config)) for config in of.values()):
-            if shape in filled and filled[shape][0] + count <= VICTIMS[device_of(cells[members[0]]["device"]).type]:
+            if shape in filled and filled[shape][0] + count <= room(cells[members[0]]):
                 lot = filled[shape][1]
                 break
         else:

@@ -229,6 +229,15 @@ def test_lots_hold_cells_of_one_shape_and_keep_trainings_together(tiny):
         assert {config["choices"]["attack"] for config in lot.values()} == {"cosine_lbfgs", "idlg"}
 
 
+def test_cells_of_a_large_network_are_no_faster_together_on_a_cpu(tiny):
+    more = ["device=cpu", "defense=none,uniform,fp16", "attack=cosine_lbfgs,idlg"]
+    chosen = replace(study.load("tiny"), sweeps=[[*more, "model=lenet,mcmahan_cnn"]], sizes={"quick": []})
+    lots = study.lots(chosen.cells("quick"))
+    found = [({config["choices"]["model"] for config in lot.values()}, len(lot)) for lot in lots]
+    # Two attacks of one training stay together.
+    assert sorted(found, key=str) == [({"lenet"}, 6), *[({"mcmahan_cnn"}, 2)] * 3]
+
+
 def test_cells_that_one_defense_has_several_of_are_told_apart_by_what_differs(tiny):
     chosen = replace(study.load("tiny"), sweeps=[["seed=0,1", "federation.batch_size=1,2", "attack.evaluations=5"]])
     paths, failures = study.run(chosen.cells("quick"), tiny / "out", "a test", 1)
