@@ -1,4 +1,4 @@
-"""About how long runs take, from the time of a few gradients: what a study's dry run says."""
+"""About how long runs take, from the time of a few gradients, and how much they keep: what a study's dry run says."""
 
 import functools
 import json
@@ -38,6 +38,19 @@ def seconds(configs: Iterable[Config]) -> float:
             one = _gradient(_key(config), 32) / 32
             total += config["rounds"] * clients * steps * gradient + tested * FORWARD * one
         total += victims_of(config) * _evaluations(config) * TWICE * gradient * steps
+    return total
+
+
+def room(configs: Iterable[Config]) -> float:
+    """Bytes of what all these runs keep, at most: updates that a defense packs are smaller. Trainings they share count once."""
+    total, trained = 0.0, set[str]()
+    for config in configs:
+        if (key := training(config)) not in trained:
+            trained.add(key)
+            clients, tap = range(config["federation"]["per_round"]), build_checked("tap", config["tap"])
+            heard = [len(tap.choose(0, round, clients)) for round in range(1, config["rounds"] + 1)]
+            kept = sum(heard) + sum(map(bool, heard)) + 2  # updates, broadcasts, the last two checkpoints
+            total += 4 * parameters(config) * kept
     return total
 
 

@@ -192,6 +192,8 @@ def finished(folder: RunFolder) -> bool:
         folder.rounds(), folder.leaks()
     except RunError:
         return False
+    if folder.discarded:
+        return True
     if checkpoint is None or checkpoint.round < folder.config["rounds"]:
         return False
     setup = setup_of(folder.config)
@@ -306,6 +308,8 @@ def attack_again(folder: RunFolder, attack: Any, name: str, who: str = "naive") 
     one_thread()
     setup = setup_of(folder.config)
     seen = [one for round in folder.observed_rounds() for one in folder.observations(round)]
+    if folder.discarded:
+        raise ValueError(f"{folder.path} was run with --discard, and has kept nothing to attack: run it again without")
     if not seen:
         raise ValueError(f"{folder.path} has captured nothing to attack: run it with tap.every=5 or tap.rounds=[1]")
     log = _logged(folder.path / "log.txt")

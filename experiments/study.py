@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from collections import defaultdict
@@ -85,22 +86,40 @@ def load(name: str) -> Study:
 
 
 def run(
-    cells: dict[str, Config], base: Path, command: str, workers: int, most: int | None = None, seconds: float | None = None
+    cells: dict[str, Config],
+    base: Path,
+    command: str,
+    workers: int,
+    most: int | None = None,
+    seconds: float | None = None,
+    discard: bool = False,
 ) -> tuple[list[Path], dict[str, str]]:
     """Runs what is not finished of the cells, `workers` lots at a time: folders of those that are now, and why others failed.
 
     most     cells to run this time, at most
     seconds  after which no further lot of cells is begun
+    discard  keep the results of a cell alone, as soon as it is finished
     """
+    from experiments.estimate import room
     from experiments.progress import console
+    from fedsim.run import RunFolder
 
     began = time.monotonic()
+    base.mkdir(parents=True, exist_ok=True)
     shared = _shared(cells, base)
     todo = [name for name, config in cells.items() if not _finished(config, base / name)]
     kept, todo = [name for name in cells if name not in todo], todo[:most]
     if kept:
         console.print(
             f"  {len(kept)} of them finished already" + (f", {shared} in other studies beside this one" if shared else "")
+        )
+    needed, free = 0.0 if discard else room(cells[name] for name in todo), shutil.disk_usage(base).free
+    if needed > free:
+        console.print(
+            f"  may fill up the disk: {needed / 1e9:.0f} GB to write and {free / 1e9:.0f} GB free in {base}; choose another place"
+            " with -o FOLDER, or keep results alone with --discard",
+            style="yellow",
+            markup=False,
         )
     failures: dict[str, str] = {}
     done: list[str] = []
@@ -112,6 +131,8 @@ def run(
             done.append(name)
             if error is not None:
                 failures[name] = error
+            elif discard:
+                RunFolder(base / name).discard()
             console.print(f"  {len(done)}/{len(todo)}  {name}" + (f": failed: {error}" if error else "") + f"  left {left}")
         _note(base, {name: cells[name] for name in outcome}, outcome, took / len(outcome))
 

@@ -38,6 +38,7 @@ from fedsim.setup import check_targets
 from fedsim.wire import from_bytes, to_bytes
 
 CHECKPOINT, ROUNDS, LEAKS, BEFORE = "checkpoint.safetensors", "rounds.parquet", "leaks.parquet", "before"
+DISCARDED = "discarded"  # marks a finished run that only keeps its results
 FOLDERS, FILES = ("observations", "clients"), ("partition.safetensors", ROUNDS, CHECKPOINT)  # what does not depend on an attack
 
 
@@ -103,6 +104,20 @@ class RunFolder:
         except ValueError as error:
             raise RunError(str(error) if isinstance(error, Damaged) else f"{path}: {error}") from None
         return config
+
+    @property
+    def discarded(self) -> bool:
+        """Whether the run is finished and only keeps its results."""
+        return (self.path / DISCARDED).exists()
+
+    def discard(self) -> None:
+        """Drops what a finished run would only be attacked again with: what was captured, checkpoints, what clients remember."""
+        (self.path / DISCARDED).touch()
+        for name in ("observations", BEFORE):
+            if (self.path / name).exists():
+                shutil.rmtree(self.path / name)
+        for path in (self.path / CHECKPOINT, *(self.path / "clients").glob("*/round_*.safetensors")):
+            path.unlink(missing_ok=True)
 
     # Tables.
 
@@ -306,6 +321,7 @@ class RunFolder:
 
     def rewind(self, round: int) -> None:
         """Drops what was written after `round` was finished, and temporary files that a killed process left."""
+        (self.path / DISCARDED).unlink(missing_ok=True)
         for path in self.path.rglob(".*.*"):
             if path.is_file():
                 path.unlink()

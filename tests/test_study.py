@@ -7,12 +7,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from experiments import guard, runner, study
 from experiments.cli import main
 from experiments.config import sweep
+from experiments.estimate import room
 from experiments.plots import summarised
 from experiments.runner import check_config
 from fedsim.files import read_json, read_table
@@ -174,10 +176,10 @@ def test_a_bad_seed_among_others_stops_a_study_before_it_begins(seeds, tiny, cap
 def test_a_dry_run_names_the_cells_and_does_nothing(tiny, capsys):
     assert main(["study", "tiny", "--dry-run", "--full", "seed=0,1", "-o", str(tiny / "out")]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"6 cells, about [0-9:]+ on one core", said[-1])
+    assert re.fullmatch(r"6 cells, about [0-9:]+ on one core, up to 0.0 GB on disk", said[-1])
     assert said[0] == "none_idlg_seed=0"
     assert main(["study", "tiny", "--dry-run", "seed=0,1", "-o", str(tiny / "out")]) == 0
-    assert capsys.readouterr().out.endswith(" on one core; --full: 6 cells\n")
+    assert capsys.readouterr().out.endswith(" on one core, up to 0.0 GB on disk; --full: 6 cells\n")
     assert not (tiny / "out").exists()
 
 
@@ -215,6 +217,39 @@ def test_cells_that_differ_in_their_attack_are_trained_once_and_attacked_as_if_a
             one["psnr_db"] - other["psnr_db"]
         ).abs().max() < 0.5  # what eight evaluations make of sums that are rounded otherwise
         assert alone.rounds()["accuracy"].equals(RunFolder.open(tiny / "out" / name).rounds()["accuracy"])
+
+
+def test_a_study_can_keep_its_results_alone(tiny, capsys):
+    out = tiny / "out"
+    assert main(["study", "tiny", "-o", str(out), "--discard"]) == 0
+    folders = [RunFolder.open(path.parent) for path in out.glob("*/config.json")]
+    assert len(folders) == 3
+    for folder in folders:
+        assert len(folder.leaks())
+        assert len(folder.rounds())
+        assert not list(folder.path.glob("observations")) + list(folder.path.glob("**/checkpoint.safetensors"))
+        assert list(folder.path.glob("reconstructions/*/*.safetensors"))
+    assert main(["study", "tiny", "-o", str(out), "--discard"]) == 0
+    assert "3 of them finished already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--discard"):
+        runner.attack_again(folders[0], runner.attack_of(folders[0].config), "idlg")
+    assert main(["plot", str(out)]) == 0
+    (folders[0].path / "leaks.parquet").write_bytes(b"damaged")  # nothing is left to mend it with: the cell is run again
+    assert main(["study", "tiny", "-o", str(out)]) == 0
+    assert not folders[0].discarded
+    assert folders[0].observed_rounds()
+    assert len(folders[0].leaks())
+
+
+def test_a_study_says_before_that_the_disk_is_too_small(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(study.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e5))
+    assert main(["study", "tiny", "-o", str(tiny / "out"), "--max-cells", "1"]) == 0
+    assert "may fill up the disk" in " ".join(capsys.readouterr().out.split())
+    cells = study.load("tiny").cells("quick")
+    kept = sum(path.stat().st_size for path in (tiny / "out").rglob("*.safetensors"))
+    assert kept == pytest.approx(room([next(iter(cells.values()))]), rel=0.25)
+    assert main(["study", "tiny", "-o", str(tiny / "out"), "--discard"]) == 0
+    assert "disk" not in capsys.readouterr().out
 
 
 def test_lots_hold_cells_of_one_shape_and_keep_trainings_together(tiny):
