@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time, a process each (default: 1)")
     study.add_argument("--max-cells", type=int, metavar="N", help="run so many cells at most, and stop")
     study.add_argument("--budget", type=_seconds, metavar="TIME", help="begin no cell after this time, such as 90s, 30m or 8h")
-    study.add_argument("--discard", action="store_true", help="of a finished cell keep the results, not what was captured")
+    study.add_argument("--discard", action="store_true", help="keep the results of finished cells, not what was captured")
     study.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="where its runs go (default: runs/study-NAME-SIZE)")
 
     verify = _command(commands, "verify", _verify, "hold what studies measured against what was published")
@@ -392,13 +392,13 @@ def _study(arguments: argparse.Namespace) -> int:
         overrides.append("seed=" + ",".join(map(str, range(arguments.seeds))))
     cells = chosen.cells(size, overrides)
     if arguments.dry_run:
+        from experiments import progress
         from experiments.estimate import room, seconds
-        from experiments.progress import span
 
         print("\n".join(cells))
         other = "" if arguments.full else f"; --full: {len(chosen.grid('full', overrides))} cells"
-        kept = room(cells.values()) / 1e9
-        print(f"{len(cells)} cells, about {span(seconds(cells.values()))} on one core, up to {kept:.1f} GB on disk{other}")
+        long, large = progress.span(seconds(cells.values())), progress.size(room(cells.values()))
+        print(f"{len(cells)} cells, about {long} on one core, up to {large} on disk{other}")
         return 0
     _quiet()
     from experiments import runner

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from experiments.config import Config, build_checked
-from experiments.study import training, victims_of
+from experiments.study import heard, training, victims_of
 from fedsim.data import image_shape
 from fedsim.data.text import LENGTH, VOCABULARY
 from fedsim.training import IGNORED, local_update, split
@@ -47,9 +47,8 @@ def room(configs: Iterable[Config]) -> float:
     for config in configs:
         if (key := training(config)) not in trained:
             trained.add(key)
-            clients, tap = range(config["federation"]["per_round"]), build_checked("tap", config["tap"])
-            heard = [len(tap.choose(0, round, clients)) for round in range(1, config["rounds"] + 1)]
-            kept = sum(heard) + sum(map(bool, heard)) + 2  # updates, broadcasts, the last two checkpoints
+            clients = heard(config)
+            kept = sum(clients) + sum(map(bool, clients)) + 2  # updates, broadcasts, the last two checkpoints
             total += 4 * parameters(config) * kept
     return total
 

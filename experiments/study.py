@@ -98,10 +98,10 @@ def run(
 
     most     cells to run this time, at most
     seconds  after which no further lot of cells is begun
-    discard  keep the results of a cell alone, as soon as it is finished
+    discard  keep the results of finished cells alone
     """
     from experiments.estimate import room
-    from experiments.progress import console
+    from experiments.progress import console, size
     from fedsim.run import RunFolder
 
     began = time.monotonic()
@@ -113,10 +113,12 @@ def run(
         console.print(
             f"  {len(kept)} of them finished already" + (f", {shared} in other studies beside this one" if shared else "")
         )
-    needed, free = 0.0 if discard else room(cells[name] for name in todo), shutil.disk_usage(base).free
-    if needed > free:
+    if discard:
+        for name in kept:
+            RunFolder(base / name).discard()
+    elif (needed := room(cells[name] for name in todo)) > (free := shutil.disk_usage(base).free):
         console.print(
-            f"  may fill up the disk: {needed / 1e9:.0f} GB to write and {free / 1e9:.0f} GB free in {base}; choose another place"
+            f"  may fill up the disk: up to {size(needed)} to write and {size(free)} free in {base}; choose another place"
             " with -o FOLDER, or keep results alone with --discard",
             style="yellow",
             markup=False,
@@ -218,7 +220,7 @@ def lots(cells: dict[str, Config]) -> list[dict[str, Config]]:
     from experiments.estimate import parameters
     from fedsim.setup import device_of
 
-    def room(config: Config) -> int:
+    def most(config: Config) -> int:
         device = device_of(config["device"]).type
         return VICTIMS[device] if device != "cpu" or parameters(config) <= SMALL else 1
 
@@ -230,7 +232,7 @@ def lots(cells: dict[str, Config]) -> list[dict[str, Config]]:
     for members in families.values():
         of = {name: cells[name] for name in members}
         for shape, count in ((_shape(config), victims_of(config)) for config in of.values()):
-            if shape in filled and filled[shape][0] + count <= room(cells[members[0]]):
+            if shape in filled and filled[shape][0] + count <= most(cells[members[0]]):
                 lot = filled[shape][1]
                 break
         else:
@@ -259,10 +261,15 @@ def _shape(config: Config) -> str:
 
 def victims_of(config: Config) -> int:
     """How many observations the attacks of a run are given."""
+    return sum(heard(config))
+
+
+def heard(config: Config) -> list[int]:
+    """How many clients are listened to in each round."""
     from experiments.config import build_checked
 
     tap, clients = build_checked("tap", config["tap"]), range(config["federation"]["per_round"])
-    return sum(len(tap.choose(0, round, clients)) for round in range(1, config["rounds"] + 1))
+    return [len(tap.choose(0, round, clients)) for round in range(1, config["rounds"] + 1)]
 
 
 def _note(base: Path, cells: dict[str, Config], outcome: Outcome, seconds: float) -> None:

@@ -176,10 +176,10 @@ def test_a_bad_seed_among_others_stops_a_study_before_it_begins(seeds, tiny, cap
 def test_a_dry_run_names_the_cells_and_does_nothing(tiny, capsys):
     assert main(["study", "tiny", "--dry-run", "--full", "seed=0,1", "-o", str(tiny / "out")]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"6 cells, about [0-9:]+ on one core, up to 0.0 GB on disk", said[-1])
+    assert re.fullmatch(r"6 cells, about [0-9:]+ on one core, up to [0-9.]+ MB on disk", said[-1])
     assert said[0] == "none_idlg_seed=0"
     assert main(["study", "tiny", "--dry-run", "seed=0,1", "-o", str(tiny / "out")]) == 0
-    assert capsys.readouterr().out.endswith(" on one core, up to 0.0 GB on disk; --full: 6 cells\n")
+    assert capsys.readouterr().out.endswith(" MB on disk; --full: 6 cells\n")
     assert not (tiny / "out").exists()
 
 
@@ -221,6 +221,7 @@ def test_cells_that_differ_in_their_attack_are_trained_once_and_attacked_as_if_a
 
 def test_a_study_can_keep_its_results_alone(tiny, capsys):
     out = tiny / "out"
+    assert main(["study", "tiny", "-o", str(out), "--max-cells", "1"]) == 0  # finished before, and discarded all the same
     assert main(["study", "tiny", "-o", str(out), "--discard"]) == 0
     folders = [RunFolder.open(path.parent) for path in out.glob("*/config.json")]
     assert len(folders) == 3
