@@ -106,6 +106,7 @@ def run(
 
     began = time.monotonic()
     base.mkdir(parents=True, exist_ok=True)
+    cells = _as_kept(cells, base)
     shared = _shared(cells, base)
     todo = [name for name, config in cells.items() if not _finished(config, base / name)]
     kept, todo = [name for name in cells if name not in todo], todo[:most]
@@ -186,6 +187,22 @@ def _settle(workers: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _as_kept(cells: dict[str, Config], base: Path) -> dict[str, Config]:
+    """The cells by the names of their folders: one that was begun in a larger or smaller grid, which named it otherwise, keeps it."""
+    from fedsim.run import RunError, RunFolder
+
+    wanted, kept = {digest(config) for config in cells.values()}, dict[str, str]()
+    for path in sorted(base.glob("*/config.json")):
+        with contextlib.suppress(RunError):  # damaged; the cell of this name will say so
+            if (found := digest(RunFolder(path.parent).config)) in wanted and kept.get(found) not in cells:
+                kept[found] = path.parent.name
+    named = {}
+    for name, config in cells.items():
+        hashed = digest(config)
+        named[kept.get(hashed) or (f"{name}_{hashed}" if name in kept.values() else name)] = config
+    return named
 
 
 def _shared(cells: dict[str, Config], base: Path) -> int:

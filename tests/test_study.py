@@ -304,6 +304,25 @@ def test_a_cell_that_a_study_beside_has_is_taken_over_and_goes_ways_of_its_own(t
     assert "nothing is taken over from there" in capsys.readouterr().out
 
 
+def test_a_cell_keeps_its_folder_in_a_grid_that_names_it_otherwise(tiny, monkeypatch, capsys):
+    out = tiny / "out"
+    assert main(["study", "tiny", "--max-cells", "2", "-o", str(out)]) == 0
+    begun = read_table(out / study.CELLS)
+    (out / begun["cell"][1] / "leaks.parquet").unlink()  # as if killed
+    trained = []
+    begin = runner.start
+    monkeypatch.setattr(
+        runner, "start", lambda config, path, *rest, **more: trained.append(path) or begin(config, path, *rest, **more)
+    )
+    assert main(["study", "tiny", "rounds=1,2", "-o", str(out)]) == 0
+    assert "1 of them finished already" in capsys.readouterr().out
+    assert len(trained) == 4
+    assert {path.parent.name for path in out.glob("*/leaks.parquet")} == {*begun["cell"], *(path.name for path in trained)}
+    assert main(["study", "tiny", "rounds=2", "-o", str(out)]) == 0
+    assert "3 of them finished already" in capsys.readouterr().out
+    assert len(trained) == 4
+
+
 def test_a_study_s_folder_says_which_it_is(tiny):
     assert main(["study", "tiny", "--seeds", "2", "--max-cells", "1", "-o", str(tiny / "out")]) == 0
     about = read_json(tiny / "out" / study.ABOUT)
