@@ -1,20 +1,26 @@
-"""Gradients of large linear layers as the two factors they are made of, (B, O) and (B, I), in place of their (O, I) product.
+"""Gradients of one network that are cheap to differentiate again.
+
+Those of convolutions are convolutions again, see `attacks.convolution`. Those of large linear layers are left as the two factors
+they are made of, (B, O) and (B, I), in place of their (O, I) product.
 
 The weight gradient of a linear layer is the product of what flows back into its output and what it was fed (Goodfellow 2015, on the
 norms of such gradients). Where B is small, gaps between updates can be had from the factors: the product, of the size of the layer
 itself, is never made, nor differentiated.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+
+from attacks.convolution import Convolution
 
 LARGE = 2**16  # entries of a weight that is worth it
 
@@ -60,43 +66,54 @@ class _Distance(torch.autograd.Function):
         return twice * (fed @ off.T), twice * (back @ off), None
 
 
-class _Taps(TorchFunctionMode):
-    """Lets `F.linear` of some weights note what it is fed and where its gradient can be read."""
+class _Uses(TorchFunctionMode):
+    """Notes what linear layers and convolutions of some weights are fed, and the edge at which flows back what is made of it."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.names = {id(t): name for name, t in weights.items()}
-        self.uses: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self.uses: list[tuple[str, GradientEdge, Callable[[Tensor], Tensor | Factored]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear or func is torch._C._nn.linear:
-            arguments = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-            x, w = arguments["input"], arguments["weight"]
-            if id(w) in self.names and x.dim() == 2:
-                y = F.linear(x, w.detach(), arguments.get("bias"))
-                tap = torch.zeros_like(y, requires_grad=True)
-                self.uses[self.names[id(w)]].append((tap, x))
-                return y + tap
-        return func(*args, **kwargs)
+        if func not in (F.linear, F.conv2d):
+            return func(*args, **kwargs)
+        given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False)) | kwargs
+        x, w, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+        name = self.names.get(id(w))
+        if name is None or not x.requires_grad:
+            return func(*args, **kwargs)
+        w = w.detach()
+        made: Callable[[Tensor], Tensor | Factored]
+        if func is F.linear and x.dim() == 2 and w.numel() >= LARGE:
+            y, made = F.linear(x, w, bias), partial(Factored, fed=x)
+        elif func is F.conv2d and x.dim() == 4 and not isinstance(given.get("padding"), str):
+            convolution = Convolution(**given)
+            y, made = convolution(x, w, bias), partial(convolution.by_weight, x=x, w=w)
+        else:
+            return func(*args, **kwargs)
+        self.uses.append((name, get_gradient_edge(y), made))
+        return y
 
 
 def gradients_of(loss: Callable[[Mapping[str, Tensor]], Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor | Factored]:
-    """Gradients of `loss(params)` at these parameters, differentiable; large linear layers' weights as factors."""
+    """Gradients of `loss(params)` at these parameters, differentiable in what else it depends on; large layers' as factors."""
     leaves = {name: t.detach().requires_grad_() for name, t in params.items()}
-    taps = _Taps({name: t for name, t in leaves.items() if t.dim() == 2 and t.numel() >= LARGE})
-    with taps:
+    noted = _Uses(leaves)
+    with noted:
         value = loss(leaves)
-    tapped: Sequence[Tensor] = [tap for uses in taps.uses.values() for tap, _ in uses]
-    found = torch.autograd.grad(value, [*leaves.values(), *tapped], create_graph=True, allow_unused=True)
-    gradients, backs = dict(zip(leaves, found, strict=False)), dict(zip(map(id, tapped), found[len(leaves) :], strict=True))
-    made: dict[str, Tensor | Factored] = {}
-    for name, gradient in gradients.items():
-        uses = taps.uses.get(name)
-        if uses:
-            back = [torch.zeros_like(tap) if backs[id(tap)] is None else backs[id(tap)] for tap, _ in uses]  # None: of no use
-            factored = Factored(torch.cat(back), torch.cat([x for _, x in uses]))
-            made[name] = factored if gradient is None else factored.dense() + gradient  # the weight is at work elsewhere as well
-        else:
-            made[name] = torch.zeros_like(leaves[name]) if gradient is None else gradient
-    return made
+    edges = [*map(get_gradient_edge, leaves.values()), *(edge for _, edge, _ in noted.uses)]
+    found = torch.autograd.grad(value, edges, create_graph=True, allow_unused=True)
+    parts: dict[str, list[Tensor | Factored]] = {name: [t] if t is not None else [] for name, t in zip(leaves, found, strict=False)}
+    for (name, _, made), back in zip(noted.uses, found[len(leaves) :], strict=True):
+        if back is not None:  # None: of no use
+            parts[name].append(made(back))
+    return {name: _sum(parts[name], leaf) for name, leaf in leaves.items()}
+
+
+def _sum(parts: Sequence[Tensor | Factored], like: Tensor) -> Tensor | Factored:
+    factored = [part for part in parts if isinstance(part, Factored)]
+    if factored and len(factored) == len(parts):
+        return Factored(torch.cat([part.back for part in factored]), torch.cat([part.fed for part in factored]))
+    dense = [part.dense() if isinstance(part, Factored) else part for part in parts]
+    return torch.stack(dense).sum(0) if len(dense) > 1 else dense[0] if dense else torch.zeros_like(like)

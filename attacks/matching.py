@@ -31,6 +31,7 @@ from attacks.optimizers import LBFGS, Minima, Optimizer, Pieces, Stop, minimise
 from attacks.terms import Candidates, Gap, Gradients, Observed, Prior, SquaredGap, distance, scaled, squared_norm
 from fedsim.cores import cores
 from fedsim.defense import Belief, Explained
+from fedsim.memory import keep_freed
 from fedsim.models import Stochastic
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction, Trace
 from fedsim.seeding import generator
@@ -159,6 +160,7 @@ class GradientMatching:
         report: Callable[[int, int], None] | None = None,
     ) -> list[Reconstruction]:
         """One reconstruction for each observation, in order; `report(finished, total)` is called as victims finish."""
+        keep_freed()
         seed = int(torch.randint(2**62, (), generator=rng))
         given = None if isinstance(self.init, str) else self.init(seen, known, model, rng)
         plans = [Plan.of(one, known, self.imitate) for one in seen]

@@ -190,7 +190,7 @@ def _settle(workers: int) -> None:
 
 
 def _as_kept(cells: dict[str, Config], base: Path) -> dict[str, Config]:
-    """The cells by the names of their folders: one that was begun in a larger or smaller grid, which named it otherwise, keeps it."""
+    """The cells by the names of their folders: one begun in a larger or smaller grid, which named it otherwise, keeps it."""
     from fedsim.run import RunError, RunFolder
 
     wanted, kept = {digest(config) for config in cells.values()}, dict[str, str]()
