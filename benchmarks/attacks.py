@@ -2,6 +2,7 @@
 
     python benchmarks/attacks.py dlg                 original DLG (torch.optim.LBFGS, 300 outer steps) beside attacks.dlg
     python benchmarks/attacks.py steps               one step of an attack on three networks: ms, share of matmul peak
+    python benchmarks/attacks.py twice               a large network's gradient of a gradient: PyTorch's own way beside ours
     python benchmarks/attacks.py breaching --peer PYTHON
                                                      Inverting Gradients of `breaching`, installed elsewhere, beside ours
 
@@ -9,14 +10,18 @@ Images are of CIFAR-10 under $FEDSIM_DATA, or embedded ones with --data syntheti
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 sys.path.pop(0)  # this script's folder, where `import attacks` would find this file
 
@@ -27,13 +32,15 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import attacks
-from attacks import GradientMatching, metrics
+from attacks import CosineGap, GradientMatching, metrics
+from attacks.factored import gradients_of
 from fedsim.data import Dataset, load
+from fedsim.memory import keep_freed
 from fedsim.models import lenet, mcmahan_cnn, resnet18
 from fedsim.observation import Knowledge, Observation
 from fedsim.run import on_device
 from fedsim.seeding import generator
-from fedsim.training import local_update, split
+from fedsim.training import batch_loss, local_update, split
 from fedsim.wire import pack
 
 PEER = Path(__file__).parent / "peer_breaching.py"
@@ -221,6 +228,58 @@ def steps(data: Dataset, arguments: argparse.Namespace) -> None:
                 print(f"  {name:14s} {label:20s} {count:8d} {1000 * each:22.3f} {flops / each / peak:14.1%} {memory}", flush=True)
 
 
+def plainly(loss: Callable[[Mapping[str, Tensor]], Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients that PyTorch differentiates again by its own means, in the place of `gradients_of`."""
+    leaves = {name: t.detach().requires_grad_() for name, t in params.items()}
+    return dict(zip(leaves, torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True), strict=True))
+
+
+def slope(v: Victims, gradients: Callable[..., dict[str, Any]]) -> Tensor:
+    """The gradient, at noise in the place of all images, of its cosine gap to the first victim's update."""
+    one = v.seen[0]
+    images = torch.rand(v.images.shape, generator=generator(0, "twice")).to(v.images.device).requires_grad_()
+    found = gradients(lambda leaves: batch_loss(v.model, leaves, one.buffers, images, v.labels), one.params)
+    candidate = {name: t[None] if isinstance(t, Tensor) else t for name, t in found.items()}
+    gap = CosineGap()(candidate, {name: t[None] for name, t in one.update.items()})
+    return torch.autograd.grad(gap.sum(), images)[0]
+
+
+WAYS = {"PyTorch": (plainly, False), "ours": (gradients_of, False), "memory kept": (gradients_of, True)}
+
+
+def timed(data: Dataset, name: str, count: int, device: str, way: str, evaluations: int) -> tuple[float, list[float]]:
+    """Median milliseconds of `slope` that way, and what it is; for a process of its own, where nothing has been freed yet."""
+    torch.set_num_threads(1)
+    v = victims(data, count, name, device=device)
+    gradients, kept = WAYS[way]
+    if kept:
+        keep_freed()
+    found, times = slope(v, gradients), []
+    for _ in range(evaluations):
+        began = time.perf_counter()
+        float(slope(v, gradients).sum())
+        times.append(time.perf_counter() - began)
+    return 1000 * sorted(times)[len(times) // 2], found.flatten().tolist()
+
+
+def twice(data: Dataset, arguments: argparse.Namespace) -> None:
+    """Milliseconds of one gradient by a batch of images: by PyTorch's second derivatives, by ours, and by ours with memory kept."""
+    print(f"one gradient of the cosine gap by the images, {data.name}, {arguments.device}, median of {arguments.evaluations}, ms")
+    print(f"  {'network':14s} {'images':>6s}{''.join(f'{way:>14s}' for way in WAYS)}   times as fast   they differ by")
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for name in arguments.models:
+            for count in arguments.counts:
+                given = data, name, count, arguments.device
+                (first, theirs), (second, ours), (third, _) = (
+                    pool.submit(timed, *given, way, arguments.evaluations).result() for way in WAYS
+                )
+                off = math.dist(ours, theirs) / math.hypot(*theirs)
+                print(
+                    f"  {name:14s} {count:6d}{first:14.1f}{second:14.1f}{third:14.1f}   {first / third:13.2f}   {off:14.0e}",
+                    flush=True,
+                )
+
+
 def breaching(data: Dataset, arguments: argparse.Namespace) -> None:
     """Inverting Gradients with the same settings: `breaching` one victim at a time, ours all at once, labels given."""
     count, iterations = arguments.victims, arguments.evaluations
@@ -255,15 +314,15 @@ def breaching(data: Dataset, arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["dlg", "steps", "breaching"])
+    parser.add_argument("what", choices=["dlg", "steps", "twice", "breaching"])
     parser.add_argument("--data", default="cifar10", help="dataset")
     parser.add_argument("--victims", type=int, default=64)
     parser.add_argument("--heads", type=int, nargs="+", default=[10], help="outputs of the network, dlg only: 10 100")
     parser.add_argument("--one-by-one", type=int, default=8, help="victims of the loop; half a minute each")
     parser.add_argument("--steps", type=int, default=300, help="outer steps of the loop")
-    parser.add_argument("--evaluations", type=int, default=20, help="steps and breaching: how many")
+    parser.add_argument("--evaluations", type=int, default=20, help="steps, twice, breaching: how many")
     parser.add_argument("--models", nargs="+", default=["lenet", "mcmahan_cnn", "resnet18"], choices=list(MODELS))
-    parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 48], help="steps: victims at a time")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 48], help="victims at a time; of twice, images of a batch")
     parser.add_argument("--peer", help="breaching: the Python of an environment that has it")
     arguments = parser.parse_args()
     arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -271,7 +330,7 @@ def main() -> None:
     if arguments.what == "breaching" and not arguments.peer:
         parser.error("breaching needs --peer PYTHON: make an environment, pip install breaching safetensors there, name its python")
     data = load(arguments.data)
-    {"dlg": dlg, "steps": steps, "breaching": breaching}[arguments.what](data, arguments)
+    {"dlg": dlg, "steps": steps, "twice": twice, "breaching": breaching}[arguments.what](data, arguments)
 
 
 if __name__ == "__main__":
