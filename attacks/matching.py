@@ -26,12 +26,12 @@ from attacks.factored import Factored, gradients_of
 from attacks.hidden_noise import as_buffers, hidden_noises, in_front_of_noise, sampled
 from attacks.labels import labels_behind
 from attacks.lanes import WIDTH, innermost, lanes, library
+from attacks.memory import keep_freed
 from attacks.metrics import match
 from attacks.optimizers import LBFGS, Minima, Optimizer, Pieces, Stop, minimise
 from attacks.terms import Candidates, Gap, Gradients, Observed, Prior, SquaredGap, distance, scaled, squared_norm
 from fedsim.cores import cores
 from fedsim.defense import Belief, Explained
-from fedsim.memory import keep_freed
 from fedsim.models import Stochastic
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction, Trace
 from fedsim.seeding import generator

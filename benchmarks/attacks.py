@@ -34,8 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import attacks
 from attacks import CosineGap, GradientMatching, metrics
 from attacks.factored import gradients_of
+from attacks.memory import keep_freed
 from fedsim.data import Dataset, load
-from fedsim.memory import keep_freed
 from fedsim.models import lenet, mcmahan_cnn, resnet18
 from fedsim.observation import Knowledge, Observation
 from fedsim.run import on_device

@@ -19,7 +19,6 @@ from fedsim.data import Corpus, Dataset, load
 from fedsim.defense import Defense, Exposure, Private
 from fedsim.exposure import exposures
 from fedsim.inspection import Inspection
-from fedsim.memory import keep_freed
 from fedsim.protocols import Protocol
 from fedsim.secure_aggregation import Plain, Secure
 from fedsim.seeding import generator, global_stream
@@ -163,7 +162,6 @@ DRAWN = ("synthetic", "text")  # data that are another for another seed
 # A worker serves one run after the other; two, so that a comparison of runs does not load its data again each time.
 @functools.lru_cache(maxsize=2)
 def _setup_of(text: str) -> Setup:
-    keep_freed()
     config = json.loads(text)
     data = config["data"]
     drawn = data["name"] in DRAWN or data.get("train_size") is not None or data.get("test_size") is not None

@@ -9,7 +9,7 @@ import pytest
 FAULTS = """
 import resource, sys
 import torch
-from fedsim.memory import keep_freed
+from attacks.memory import keep_freed
 if sys.argv[1] == "kept":
     keep_freed()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt

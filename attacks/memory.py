@@ -1,7 +1,7 @@
 """Memory that one evaluation gives back is what the next one takes.
 
-glibc returns large blocks to the operating system at once, which hands each page out again zeroed: of a network of 11 million
-parameters that is a third of the time of one gradient of a gradient.
+glibc returns large blocks to the operating system at once, which hands each page out again zeroed: a quarter of the time that one
+gradient of a gradient takes on a network of 11 million parameters.
 """
 
 import ctypes
