@@ -380,7 +380,9 @@ def _study(arguments: argparse.Namespace) -> int:
 
     if arguments.name is None:
         for name in study.names():
-            print(f"{name:24s} {study.load(name).about}")
+            one = study.load(name)
+            rows = f" [{', '.join(one.answers)}]" if one.answers else ""
+            print(f"{name:18s} {one.about}{rows}")
         return 0
     whole("--workers", arguments.workers)
     if arguments.max_cells is not None:

@@ -42,10 +42,11 @@ Outcome = dict[str, str | None]
 class Study:
     """A grid as its file has it.
 
-    about   what it asks, in a line
-    common  settings of every cell
-    sweeps  lists of settings, in which KEY=A,B stands for each value; every combination is a cell
-    sizes   settings of a `quick` and of a `full` study, in the place of those above that have the same key
+    about    what it asks, in a line
+    common   settings of every cell
+    sweeps   lists of settings, in which KEY=A,B stands for each value; every combination is a cell
+    sizes    settings of a `quick` and of a `full` study, in the place of those above that have the same key
+    answers  rows of the published claims, in `experiments/claims.yaml`, that are held against what it measures
     """
 
     name: str
@@ -53,6 +54,7 @@ class Study:
     common: list[str]
     sizes: dict[str, list[str]]
     sweeps: list[list[str]]
+    answers: Sequence[str] = ()
 
     def grid(self, size: str, overrides: Sequence[str] = ()) -> list[list[str]]:
         """The settings of every cell."""

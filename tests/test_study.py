@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import guard, runner, study
+from experiments import claims, guard, runner, study
 from experiments.cli import main
 from experiments.config import sweep
 from experiments.estimate import room
@@ -51,6 +51,13 @@ def test_every_study_there_is_can_be_run(name, size, monkeypatch):
     for config in cells.values():
         check_config(config)
     assert len({repr(config) for config in cells.values()}) == len(cells)
+
+
+def test_every_study_lists_the_claims_that_it_answers():
+    asked = {name: study.load(name).answers for name in study.names()}
+    found = {name: list(dict.fromkeys(claim.row for claim in claims.load() if claim.study == name)) for name in asked}
+    assert {name: list(rows) for name, rows in asked.items()} == found
+    assert sum(map(bool, found.values())) > 20
 
 
 def test_a_study_is_run_once_and_a_changed_one_is_refused(tiny, capsys):
