@@ -330,6 +330,15 @@ def test_a_cell_keeps_its_folder_in_a_grid_that_names_it_otherwise(tiny, monkeyp
     assert len(trained) == 4
 
 
+def test_two_cells_of_one_grid_never_share_a_folder(tiny):
+    one, other, _ = study.load("tiny").cells("quick").values()
+    assert not study.run({"first": other}, tiny / "out", "a test", 1)[1]
+    paths, failures = study.run({"first": one, "second": other}, tiny / "out", "a test", 1)
+    assert not failures
+    assert [RunFolder(path).config for path in paths] == [one, other]
+    assert paths[1].name == "first" != paths[0].name
+
+
 def test_a_study_s_folder_says_which_it_is(tiny):
     assert main(["study", "tiny", "--seeds", "2", "--max-cells", "1", "-o", str(tiny / "out")]) == 0
     about = read_json(tiny / "out" / study.ABOUT)
