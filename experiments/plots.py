@@ -612,10 +612,10 @@ def _pictures(folders: Sequence[RunFolder], attack: str, columns: int = 8) -> li
 
 def _page(rows: _Rows, victims: pd.Index, attack: str) -> Figure:
     """Original, and what was stolen despite each defense; each row's median and worst leak are framed."""
-    config = next(iter(rows.values()))[0].config
-    setup = setup_of(config)
-    size = (1.05 * len(victims) + 1.4, 1.25 * (len(rows) + 1) + 0.5)
-    figure, grid = plt.subplots(len(rows) + 1, len(victims), figsize=size, squeeze=False, layout="constrained")
+    setup = setup_of(next(iter(rows.values()))[0].config)
+    titles = 0.075 * max(len(word) for name in rows for word in name.split(" "))  # inches, at 8 points
+    size = (1.05 * len(victims) + max(1.4, titles + 0.5), 1.25 * (len(rows) + 1) + 0.5)
+    figure, grid = plt.subplots(len(rows) + 1, len(victims), figsize=size, squeeze=False, layout="compressed")
     for axes, (round, client, image) in zip(grid[0], victims, strict=True):
         picture(axes, setup.truth(round, client)[0][image].cpu())
         axes.set_title(f"round {round}\nclient {client}", fontsize=8)
@@ -642,7 +642,8 @@ def _page(rows: _Rows, victims: pd.Index, attack: str) -> Figure:
             elif victim == order[(len(order) - 1) // 2]:
                 frame(axes, MEDIAN)
     legend = "orange: the worst leak of a row; blue: its median; ?: not converged"
-    title = f"{setup.dataset.name}, {config['choices']['model']}, {attack}; {legend}"
+    models = dict.fromkeys(folder.config["choices"]["model"] for folder, _ in rows.values())
+    title = f"{setup.dataset.name}, {', '.join(models)}, {attack}; {legend}"
     figure.suptitle(textwrap.fill(title, int(14 * size[0])), fontsize=9)  # 14 letters an inch
     return figure
 

@@ -136,6 +136,22 @@ def test_rows_of_pictures_are_spread_over_pages(tmp_path, monkeypatch):
     assert [name for name in made if name.startswith("pictures")] == ["pictures_cosine_lbfgs_1.png", "pictures_cosine_lbfgs_2.png"]
 
 
+def test_rows_of_pictures_have_room_for_their_names(tmp_path):
+    tiny = ["data.train_size=8", "data.test_size=8", "federation.clients=1", "federation.per_round=1", "rounds=1", "tap.when=end"]
+    attack = ["attack=cosine_lbfgs", "attack.evaluations=2", "attacker=naive"]
+    folders = [
+        start(compose([*tiny, *attack, f"model={model}", "model.activation=sigmoid"]), tmp_path / model, "a test")
+        for model in ("lenet", "mcmahan_cnn")
+    ]
+    (page,) = plots._pictures(folders, "cosine_lbfgs")
+    figure = page()
+    figure.canvas.draw()
+    names = [axes.yaxis.label for axes in figure.axes if axes.get_ylabel()]
+    assert any("model=mcmahan_cnn" in name.get_text() for name in names)
+    assert all(name.get_window_extent().x0 >= 0 for name in names)
+    assert "lenet, mcmahan_cnn" in figure.get_suptitle().replace("\n", " ")
+
+
 def test_what_a_run_that_broke_off_had_learned_is_not_averaged_with_others(tmp_path):
     tiny = ["data.train_size=40", "data.test_size=20", "federation.clients=2", "federation.per_round=2", "rounds=2", "attack=none"]
     folders = [start(compose([*tiny, f"seed={seed}"]), tmp_path / str(seed), "a test") for seed in (0, 1)]
