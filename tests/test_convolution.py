@@ -25,7 +25,10 @@ from fedsim.training import batch_loss, split
 @pytest.mark.parametrize("biased", [True, False])
 def test_first_and_second_derivatives_are_those_of_pytorch(how, biased):
     rng = generator(0, "convolution")
-    draw = lambda *shape: torch.rand(shape, generator=rng, dtype=torch.float64)  # noqa: E731
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=rng, dtype=torch.float64)
+
     image, w = draw(3, 4, 9, 8), draw(6, 4 // how.get("groups", 1), 3, 2).requires_grad_()
     bias, goal = draw(6).requires_grad_() if biased else None, draw(*w.shape)
 
@@ -81,6 +84,7 @@ def test_gradients_of_odd_networks_are_those_of_pytorch():
 
         if ours:
             found = gradients_of(loss, params)
+            assert "ByWeight" in found["last.weight"].grad_fn.name()
         else:
             leaves = {name: t.clone().requires_grad_() for name, t in params.items()}
             values = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True, allow_unused=True)
