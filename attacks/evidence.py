@@ -38,9 +38,21 @@ def views(seen: Observation, known: Knowledge) -> list[Observation]:
 
 
 def gradient_of(seen: Observation, known: Knowledge) -> Update:
-    """The update as a mean gradient: several local steps are taken for one, lr times their number long."""
+    """The update as a mean gradient: several local steps are taken for one, lr times their number long. What weight decay added to
+    the entries that were sent is taken off, exactly so of one step."""
     scale = step_length(known)
-    return {name: t / scale for name, t in seen.update.items()}
+    return {
+        name: t / scale - decay if (decay := _decay(seen, known, name)) is not None else t / scale
+        for name, t in seen.update.items()
+    }
+
+
+def _decay(seen: Observation, known: Knowledge, name: str) -> Tensor | None:
+    """What weight decay added to the gradient of a parameter; None without."""
+    if not known.weight_decay:
+        return None
+    decay, sent = known.weight_decay * seen.params[name], sent_entries(seen, name)
+    return decay if sent is None else decay * sent
 
 
 def step_length(known: Knowledge) -> float:
@@ -48,8 +60,9 @@ def step_length(known: Knowledge) -> float:
     return (known.lr or 1.0) * (known.local_steps or 1)
 
 
-def believed(seen: Observation, known: Knowledge, *, scale: float = 1.0) -> Beliefs:
-    """What an attacker who knows `known.defense` can say of the update, divided by `scale`. A sum of updates is what it is.
+def believed(seen: Observation, known: Knowledge, *, imitated: bool = False) -> Beliefs:
+    """What an attacker who knows `known.defense` can say of the gradient, or of the update where its training is `imitated`. A sum
+    of updates is what it is.
 
     An entry that was sent and is known to lie in a cell has the weight here that its value can be trusted with beside the others':
     one on a coarse lattice less. Where there is no cell, the defense's own weight stands.
@@ -57,12 +70,15 @@ def believed(seen: Observation, known: Knowledge, *, scale: float = 1.0) -> Beli
     beliefs = beliefs_of(seen.packets, None if seen.summed else known.defense, seen.before)
     cells = {name: (b.high - b.low).isfinite() & seen.packets[name].sent() for name, b in beliefs.items()}
     squares = {name: torch.where(cells[name], b.high - b.low, 0.0).square() for name, b in beliefs.items()}
-    coarse = sum(int((t > 0).sum()) for t in squares.values())
+    coarse, scale = sum(int((t > 0).sum()) for t in squares.values()), step_length(known)
     typical = sum(float(t.sum(dtype=torch.float64)) for t in squares.values()) / max(1, coarse)
     told = {}
     for name, b in beliefs.items():
         trust = typical / (typical + squares[name]) if typical else torch.ones_like(b.weight)
-        told[name] = Belief(b.value / scale, b.low / scale, b.high / scale, torch.where(cells[name], trust, b.weight))
+        value, low, high = (t if imitated else t / scale for t in (b.value, b.low, b.high))
+        if not imitated and known.weight_decay:  # of entries that were not sent as well: these are bounds of the same sum
+            value, low, high = (t - known.weight_decay * seen.params[name] for t in (value, low, high))
+        told[name] = Belief(value, low, high, torch.where(cells[name], trust, b.weight))
     return told
 
 

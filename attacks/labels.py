@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from attacks.evidence import believed, completed, fed_to_linear, gradient_of, step_length
+from attacks.evidence import believed, completed, fed_to_linear, gradient_of
 from fedsim.defense import Belief, Explained
 from fedsim.observation import Knowledge, Observation
 
@@ -138,7 +138,7 @@ class _Head:
         if known.public is not None:
             images, _ = known.public.batch(torch.arange(min(PUBLIC, len(known.public))))
         fed, logits = fed_to_linear(model, seen.params, seen.buffers, images.to(_device(seen)))
-        told = believed(seen, known, scale=step_length(known))
+        told = believed(seen, known)
         names = [n for n in fed if f"{n}.weight" in told and len(told[f"{n}.weight"].value) == known.num_classes]
         if not names:
             return None

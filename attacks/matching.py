@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from attacks.batching import alike, streams
-from attacks.evidence import believed, completed, gradient_of, size_of, step_length, views
+from attacks.evidence import believed, completed, gradient_of, size_of, views
 from attacks.factored import Factored, gradients_of
 from attacks.hidden_noise import as_buffers, hidden_noises, in_front_of_noise, sampled
 from attacks.labels import labels_behind
@@ -431,8 +431,7 @@ class Problems:
         target = stack([one.update if len(plan.steps) > 1 else gradient_of(one, known) for one in seen])
         beliefs = {}
         if isinstance(known.defense, Explained):
-            scale = 1.0 if len(plan.steps) > 1 else step_length(known)
-            every = [believed(one, known, scale=scale) for one in seen]
+            every = [believed(one, known, imitated=len(plan.steps) > 1) for one in seen]
             beliefs = {
                 name: Belief(*(torch.stack([getattr(b[name], part) for b in every]).to(dtype) for part in _parts(Belief)))
                 for name in matched

@@ -204,8 +204,8 @@ def align(reconstructed: Tensor, true: Tensor) -> Tensor:
     return match(a, b)[0]
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval for a rate of which `successes` out of `n` were seen (Wilson 1927)."""
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval for a rate of which `successes` out of `n` were seen (Wilson 1927); some may have been successes in part."""
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"0 <= successes <= n and n >= 1 must hold, got {successes} of {n}")
     if not 0 < confidence < 1:

@@ -98,7 +98,7 @@ class SPEAR:
         on  (B, n) -> (B, m), which units are on for what the layer is fed: those whose gradient is not zero, if the batch is right
         """
         if size == 1:
-            return (bias @ weight / bias.square().sum())[None]
+            return (bias @ weight / bias.square().sum())[None] if bias.any() else None
         basis = _row_space(weight, size, rng)
         if basis is None:
             return None

@@ -519,7 +519,7 @@ class SpanCheck:
     ) -> tuple[Tensor, Tensor]:
         """The different sentences (N, L) that the starts end at, and their distances (N,)."""
         picked = [ids[torch.randint(len(ids), (self.starts,), generator=rng).to(ids.device)] for ids in choices]
-        found, losses = torch.stack(picked, 1), torch.full((self.starts,), torch.inf)
+        found, losses = torch.stack(picked, 1), choices[0].new_full((self.starts,), torch.inf, dtype=torch.float32)
         for _ in range(self.sweeps):
             before = losses
             for place in torch.randperm(len(choices), generator=rng).tolist():

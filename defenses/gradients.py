@@ -48,12 +48,16 @@ class Soteria(Untouched):
         return loss, found | {weight: found[weight].index_fill(1, pruned, 0.0)}
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
-        """Nothing is known of columns that are all zero in the last matrix; everything else is as it was."""
+        """Nothing is known of columns that may be all zero in the last matrix; everything else is as it was.
+
+        Weight decay hides them: what they hold is taken for what they were.
+        """
         matrices = [name for name, belief in beliefs.items() if belief.value.dim() == 2]
         if not matrices:
             return dict(beliefs)
         belief = beliefs[matrices[-1]]
-        return {**beliefs, matrices[-1]: _unknown(belief, (belief.value == 0).all(0).expand_as(belief.value))}
+        possible = (belief.low <= 0) & (belief.high >= 0)
+        return {**beliefs, matrices[-1]: _unknown(belief, possible.all(0).expand_as(belief.value))}
 
 
 def _unknown(belief: Belief, where: Tensor) -> Belief:

@@ -3,6 +3,9 @@
 A client's own noise protects it from whoever reads what it sends, the server and this laboratory's eavesdropper included; that is
 the local model. It is dear: n clients add n times the variance that a trusted server would add once. What is proved covers the
 update, not what is reported beside it: the mean training loss, the number of examples, BatchNorm statistics.
+
+The noise is drawn from the run's seed, so that a run can be made again. Whoever knows the seed can take it off, and the server of a
+run does: what is proved is of a server that does not use it, as a server whose clients draw their own noise could not.
 """
 
 import math
@@ -138,8 +141,10 @@ class DPFedAvg:
 
     def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
         std = _noise(self)
-        clipped, _ = Clip(self.clip)(packets, {}, rng)
-        noisy = {name: t + std * torch.randn(t.shape, generator=rng).to(t.device) for name, t in unpack(clipped).items()}
+        clipped = unpack(Clip(self.clip)(packets, {}, rng)[0])
+        if not all(t.isfinite().all() for t in clipped.values()):  # which no noise would hide
+            clipped = {name: torch.zeros_like(t) for name, t in clipped.items()}
+        noisy = {name: t + std * torch.randn(t.shape, generator=rng).to(t.device) for name, t in clipped.items()}
         return pack(noisy), state
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
@@ -223,7 +228,10 @@ def clipped_sum(
     labels: Tensor,
     clip: float,
 ) -> tuple[Update, Tensor]:
-    """The sum of the examples' gradients, each of a length of at most `clip`, and their losses (B,)."""
+    """The sum of the examples' gradients, each of a length of at most `clip`, and their losses (B,).
+
+    A gradient that is no number is left out: a server can broadcast weights at which chosen images have one, and no noise hides it.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise ValueError(
@@ -244,9 +252,10 @@ def clipped_sum(
         gradients, loss = each(start, some, their)
         squares = sum(g.double().square().flatten(1).sum(1) for g in gradients.values())
         lengths = torch.as_tensor(squares).sqrt()
-        shares = (clip / lengths).clamp(max=1.0)
+        shares, finite = (clip / lengths).clamp(max=1.0), lengths.isfinite()
         for name, g in gradients.items():
-            total[name] += torch.tensordot(shares.to(g), g, 1)
+            kept = torch.where(finite.view(-1, *[1] * (g.dim() - 1)), g, 0)
+            total[name] += torch.tensordot(torch.where(finite, shares, 0).to(g), kept, 1)
         losses.append(loss.detach())
     return total, torch.cat(losses)
 

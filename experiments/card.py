@@ -85,6 +85,7 @@ def _proved(setup: Setup, batch_norm: bool) -> list[tuple[str, str]]:
     quoted = max(quoted_epsilon(z, releases, proved.delta, rate) for releases, rate in every)
     bound = reconstruction_bound(GUESS, z, proved.releases)
     beside = "the reported training loss and number of examples" + (", BatchNorm statistics" if batch_norm else "")
+    beside += "; a server that draws the noise again from the run's seed, which it knows"
     return [
         (
             "privacy",
@@ -133,8 +134,6 @@ def obstacles(setup: Setup, attack: Any) -> list[tuple[str, str]]:
         )
     if one_gradient and isinstance(protocol, FedAvg) and protocol.momentum and steps > 1:
         found.append(("weak", f"local momentum {protocol.momentum:g}: later steps repeat earlier gradients; federation.momentum=0"))
-    if one_gradient and isinstance(protocol, FedAvg) and protocol.weight_decay:
-        found.append(("weak", "weight decay adds the weights to the gradient; federation.weight_decay=0"))
     clients = _summed(setup)
     batch = clients * min(protocol.batch_size, max(map(len, setup.shards)))
     if isinstance(attack, SpanCheck):

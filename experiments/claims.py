@@ -12,6 +12,10 @@ A claim is checked by one of these, on victims or runs that `where` selects by t
     test         a test of this project shows it                                                tests/test_file.py::test_name
 
 Each gives two one-sided p-values: that the claim is not true, and that it is. Within a study they are adjusted (Holm 1979).
+
+A victim counts once, in however many cells it was attacked. That something protects is shown only by an attacker who knows of it
+and whose searches came to their end: of one that did not, a victim counts as perhaps stolen. `knowing` is what is asked of that
+attacker's cells in the place of `where`, if he needs another attack.
 """
 
 import fnmatch
@@ -32,10 +36,13 @@ from scipy import stats
 
 from attacks.metrics import BARS, wilson
 from experiments.config import Config
+from experiments.naming import conditions, label
 from experiments.plots import LAST, PERFECT, Summary
-from experiments.statistics import LEVEL, ROUNDING, holm
+from experiments.scoring import ADAPTIVE
+from experiments.statistics import LEVEL, ROUNDING, bounded_mean, holm
 from fedsim.checks import one_of
-from fedsim.run import RunFolder
+from fedsim.files import read_json
+from fedsim.run import RunFolder, iterate
 
 FILE = Path(__file__).with_name("claims.yaml")
 UNIT = "tests"  # claims that no study but a test answers
@@ -110,16 +117,33 @@ def load(path: Path = FILE) -> list[Claim]:
 
 @dataclass(frozen=True)
 class Results:
-    """What the cells of a study say: their configurations, one flat mapping each, their rounds and their leaks."""
+    """What the cells of a study say: their configurations, one flat mapping each, their rounds and their leaks.
+
+    `conditions` and `defenses` are what each was trained under, and behind what.
+    """
 
     settings: list[dict[str, Any]]
     leaks: list[pd.DataFrame]
     rounds: list[pd.DataFrame]
+    conditions: list[str]
+    defenses: list[str]
 
     @classmethod
     def of(cls, folders: Sequence[RunFolder]) -> "Results":
         """The results of these cells."""
-        return cls([flat(f.config) for f in folders], [f.leaks() for f in folders], [f.rounds() for f in folders])
+        configs = [folder.config for folder in folders]
+        return cls(
+            [flat(config) for config in configs],
+            [_own(folder) for folder in folders],
+            [folder.rounds() for folder in folders],
+            [conditions(config) for config in configs],
+            [label(config) for config in configs],
+        )
+
+    def cells(self) -> list["Results"]:
+        """Each by itself."""
+        every = zip(self.settings, self.leaks, self.rounds, self.conditions, self.defenses, strict=True)
+        return [Results([settings], [leaks], [rounds], [under], [behind]) for settings, leaks, rounds, under, behind in every]
 
     def victims(self, where: Where, column: str, attacker: str | None) -> pd.Series:
         """A column of the leaks of what is selected; the index tells victims apart, seeds and rounds too, but not cells."""
@@ -130,35 +154,63 @@ class Results:
             inside = {key: value for key, value in where.items() if key in ROWS}
             if not matches(settings, {key: value for key, value in where.items() if key not in inside}):
                 continue
+            if isinstance(named := inside.get("round"), str):
+                rounds = sorted(leaks["round"].unique())
+                inside["round"] = rounds[STAGES[one_of("round", named, STAGES)](len(rounds))]
             for key, asked in (inside if attacker is None else {**inside, "attacker": attacker}).items():
                 leaks = leaks[[matches({key: value}, {key: asked}) for value in leaks[key]]]
             values, keys = _values(leaks, column), [leaks[key] for key in _KEYS]
-            values.index = pd.MultiIndex.from_arrays([[settings["seed"]] * len(leaks), *keys], names=["seed", *_KEYS])
+            of_cell = [[settings[key]] * len(leaks) for key in ("data", "seed")]
+            values.index = pd.MultiIndex.from_arrays([*of_cell, *keys], names=["data", "seed", *_KEYS])
             found.append(values)
         return pd.concat(found) if found else pd.Series(dtype=float)
 
     def runs(self, where: Where, column: str) -> pd.Series:
         """The mean of the last evaluations of a column of the rounds, or that of one round, of each selected run that came to its
-        end; by seed."""
-        found = {}
-        cells = {key: value for key, value in where.items() if key != "round"}
-        for settings, rounds in zip(self.settings, self.rounds, strict=True):
-            if not matches(settings, cells) or column not in rounds or rounds["round"].max() < settings["rounds"]:
+        end; by seed and by what it was trained under."""
+        found = []
+        for i, key in self._trained(where):
+            settings, rounds = self.settings[i], self.rounds[i]
+            if column not in rounds or rounds["round"].max() < settings["rounds"]:
                 continue
             asked = rounds["round"] == where["round"] if "round" in where else rounds["round"] > 0
             if len(of := rounds[asked].dropna(subset=column)):
-                found[settings["seed"], settings["choices.attack"]] = float(of.sort_values("round")[column].tail(LAST).mean())
-        values = pd.Series(found, dtype=float)
+                found.append((*key, float(of.sort_values("round")[column].tail(LAST).mean())))
+        table = pd.DataFrame(found, columns=["seed", "conditions", "defense", column])
         # Runs that differ in their attack have learned the same.
-        return values.groupby(level=0).first() if len(values) else values
+        return table.drop_duplicates(["seed", "conditions", "defense"]).set_index(["seed", "conditions"])[column].astype(float)
+
+    def unfinished(self, where: Where) -> tuple[int, int]:
+        """How many of the selected trainings did not come to their end, of how many."""
+        trained = self._trained(where)
+        done = {key for i, key in trained if len(of := self.rounds[i]) and of["round"].max() >= self.settings[i]["rounds"]}
+        every = {key for _, key in trained}
+        return len(every - done), len(every)
+
+    def _trained(self, where: Where) -> list[tuple[int, tuple[int, str, str]]]:
+        """The places of the selected cells, and what tells their trainings apart."""
+        cells = {key: value for key, value in where.items() if key != "round"}
+        return [
+            (i, (settings["seed"], self.conditions[i], self.defenses[i]))
+            for i, settings in enumerate(self.settings)
+            if matches(settings, cells)
+        ]
 
     def values(self, where: Where, column: str, attacker: str | None) -> pd.Series:
         """Of victims or of runs, by what the column is one of."""
         return self.runs(where, column) if column == "accuracy" else self.victims(where, column, attacker)
 
 
+def _own(folder: RunFolder) -> pd.DataFrame:
+    """What leaked to the attack that a cell was run for, without those that were made on it later."""
+    leaks = folder.leaks()
+    return leaks[leaks["attack"].str.removesuffix(ADAPTIVE) == folder.config["choices"]["attack"]] if len(leaks) else leaks
+
+
 _KEYS = ("round", "client", "image")
 ROWS = (*_KEYS, "attacker")  # what `where` asks of the rows of a cell rather than of its configuration
+# Rounds that `where` names by their place among those that were attacked, as studies of both sizes have them.
+STAGES: dict[Any, Any] = {"first": lambda n: 0, "middle": lambda n: n // 2, "last": lambda n: n - 1}
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -213,21 +265,32 @@ class NotMeasured(Exception):
     """No cell of the study is what a claim asks for."""
 
 
-def rate(found: Results, attacker: str | None, *, of: str, expect: str, where: Where | None = None) -> Answer:
-    """A binomial test of the share that passes."""
-    values = _some(found.victims(where or {}, of, attacker))
+def rate(
+    found: Results, attacker: str | None, *, of: str, expect: str, where: Where | None = None, knowing: Where | None = None
+) -> Answer:
+    """A binomial test of the share of victims that pass."""
+    if attacker == "adaptive" and knowing:
+        where, who = {**(where or {}), **knowing}, None
+    else:
+        where, who = where or {}, attacker
+    passed = _some(found.victims(where, of, who))
     bound, above = _bound(expect)
-    k, n = int(values.sum()), len(values)
-    low, high = wilson(k, n)
-    p = {way: float(stats.binomtest(k, n, bound, alternative=way).pvalue) for way in ("greater", "less")}
-    return Answer(f"{k}/{n} = {k / n:.0%} [{low:.0%}, {high:.0%}]", *_sided(p, above))
+    each, text = _once(passed), f"{int(passed.sum())}/{len(passed)}"
+    low, high = wilson(each.sum(), len(each))
+    text += f" = {passed.mean():.0%} [{low:.0%}, {high:.0%}]" + (f", {len(each)} victims" if len(each) < len(passed) else "")
+    p = _share(each, bound)
+    if not above and (lost := (passed == 0) & (found.victims(where, "converged", who) == 0)).any():
+        text += f", {int(lost.sum())} not converged"
+        if attacker == "adaptive":  # these say nothing of protection
+            p["less"] = _share(_once(passed + lost), bound)["less"]
+    return Answer(text, *_sided(p, above))
 
 
 def mean(found: Results, attacker: str | None, *, of: str, expect: str, where: Where | None = None) -> Answer:
-    """A t-test of the mean."""
-    values = _some(found.values(where or {}, of, attacker)).to_numpy()
+    """A t-test of the mean; of scores between 0 and 1, many of which may be 1, a test that holds for whatever they are."""
+    values = _once(_some(found.values(where or {}, of, attacker))).to_numpy()
     bound, above = _bound(expect)
-    return Answer(_told(of, values), *_sided(_t(values - bound), above))
+    return Answer(_told(of, values), *_sided(bounded_mean(values, bound) if of in SHARES else _t(values - bound), above))
 
 
 def difference(
@@ -236,7 +299,7 @@ def difference(
     """A paired t-test where victims are the same, Welch's where they are not."""
     bound, above = _bound(expect)
     text, values = _compared(found, attacker, column, of, than, where)
-    p = _t(values[0] - bound) if len(values) == 1 else _welch(values[0] - bound, values[1])
+    p = _t(values[0] - bound, column == "accuracy") if len(values) == 1 else _welch(values[0] - bound, values[1])
     return Answer(text, *_sided(p, above))
 
 
@@ -247,7 +310,7 @@ def equivalent(
     text, values = _compared(found, attacker, column, of, than, where)
 
     def shifted(by: float) -> dict[str, float]:
-        return _t(values[0] + by) if len(values) == 1 else _welch(values[0] + by, values[1])
+        return _t(values[0] + by, column == "accuracy") if len(values) == 1 else _welch(values[0] + by, values[1])
 
     low, high = shifted(margin), shifted(-margin)
     return Answer(text, max(low["greater"], high["less"]), min(1.0, 2 * min(low["less"], high["greater"])))
@@ -268,7 +331,7 @@ def trend(
     A study of the quick size has fewer levels: those not measured are left out, but three of several are a trend's least.
     """
     one_of("expect", expect, ("rises", "falls"))
-    groups = [found.values({**(where or {}), along: level}, column, attacker).to_numpy() for level in levels]
+    groups = [_once(found.values({**(where or {}), along: level}, column, attacker)).to_numpy() for level in levels]
     groups = [group for group in groups if len(group)]
     if len(groups) < min(3, len(levels)):
         raise NotMeasured
@@ -284,9 +347,8 @@ def correlation(found: Results, attacker: str | None, *, columns: Sequence[str],
     """Over cells, of the medians of two columns; Fisher's z with the variance that Bonett and Wright (2000) give Spearman's."""
     bound, above = _bound(expect)
     pairs: list[tuple[float, float]] = []
-    for settings, leaks, rounds in zip(found.settings, found.leaks, found.rounds, strict=True):
-        of = Results([settings], [leaks], [rounds])
-        one, other = (of.victims(where or {}, column, attacker) for column in columns)
+    for cell in found.cells():
+        one, other = (cell.victims(where or {}, column, attacker) for column in columns)
         if len(one):
             pairs.append((float(one.median()), float(other.median())))
     if len(pairs) < 5:
@@ -316,6 +378,18 @@ def _some(values: pd.Series) -> pd.Series:
     return values
 
 
+def _once(values: pd.Series) -> pd.Series:
+    """One value for each victim or run, the mean of those it has in several cells."""
+    return values.groupby(level=list(range(values.index.nlevels))).mean() if len(values) else values
+
+
+def _share(each: pd.Series, bound: float) -> dict[str, float]:
+    """One-sided p-values that the share is above and below a bound; a victim may pass in a part of its cells."""
+    if not each.isin((0.0, 1.0)).all():
+        return bounded_mean(each.to_numpy(), bound)
+    return {way: float(stats.binomtest(int(each.sum()), len(each), bound, alternative=way).pvalue) for way in ("greater", "less")}
+
+
 def _bound(expect: str) -> tuple[float, bool]:
     """The number of ">= 0.5", and whether more is expected."""
     sign, _, number = expect.partition(" ")
@@ -326,12 +400,16 @@ def _sided(p: Mapping[str, float], above: bool) -> tuple[float, float]:
     return (p["greater"], p["less"]) if above else (p["less"], p["greater"])
 
 
-def _t(values: np.ndarray) -> dict[str, float]:
-    """One-sided p-values that the mean is above and below 0; values that are all the same are taken for certain."""
+def _t(values: np.ndarray, runs: bool = False) -> dict[str, float]:
+    """One-sided p-values that the mean is above and below 0.
+
+    Where all values are the same there is no t. Of `runs` with several seeds that is taken for certain; scores of victims may all
+    lie at an end of their scale and say little.
+    """
     if len(values) < 2:
         return {"greater": 1.0, "less": 1.0}
     if np.ptp(values) < ROUNDING:
-        return {"greater": float(values[0] < -ROUNDING), "less": float(values[0] > ROUNDING)}
+        return {"greater": float(not runs or values[0] < -ROUNDING), "less": float(not runs or values[0] > ROUNDING)}
     return {way: float(stats.ttest_1samp(values, 0.0, alternative=way).pvalue) for way in ("greater", "less")}
 
 
@@ -344,15 +422,24 @@ def _welch(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
 def _compared(
     found: Results, attacker: str | None, column: str, of: Where, than: Where, where: Where | None
 ) -> tuple[str, list[np.ndarray]]:
-    """In words, and the differences of pairs if all of both are in one, else the values of both."""
-    one, other = (_some(found.values({**(where or {}), **side}, column, attacker)) for side in (of, than))
-    means = f"{_number(column, float(one.mean()))} against {_number(column, float(other.mean()))}"
-    names = list(range(one.index.nlevels))
-    both = [side.groupby(level=names).agg(["mean", "count"]) for side in (one, other)]
-    if both[0].index.equals(both[1].index) and both[0]["count"].equals(both[1]["count"]):
-        pairs = (both[0]["mean"] - both[1]["mean"]).to_numpy()  # of a victim in several cells, as often on both sides, the means
-        return f"{means}, {len(pairs)} pairs", [pairs]
-    return f"{means}, n={len(one)}, {len(other)}", [one.to_numpy(), other.to_numpy()]
+    """In words, and the differences of pairs where half of a side or more are in both, else the values of both."""
+    asked = [{**(where or {}), **side} for side in (of, than)]
+    one, other = (_once(_some(found.values(side, column, attacker))) for side in asked)
+    text = f"{_number(column, float(one.mean()))} against {_number(column, float(other.mean()))}"
+    both = one.index.intersection(other.index)
+    paired = len(both) > 1 and 2 * len(both) >= min(len(one), len(other))
+    if paired:
+        a, b = (side.loc[both] for side in (one, other))
+        text = f"{_number(column, float(a.mean()))} against {_number(column, float(b.mean()))}, {len(both)} pairs"
+    else:
+        text += f", n={len(one)}, {len(other)}"
+    if column == "accuracy":
+        broken = [f"{lost} of {n} runs" for lost, n in map(found.unfinished, asked) if lost]
+        text += f", {' and '.join(broken)} did not finish" if broken else ""
+    return text, [(a - b).to_numpy()] if paired else [one.to_numpy(), other.to_numpy()]
+
+
+SHARES = ("token_accuracy", "tokens_found", "rouge1", "rouge2", "rougeL")  # scores between 0 and 1, often at an end of it
 
 
 def _number(column: str, value: float) -> str:
@@ -447,7 +534,21 @@ def _tests(nodes: Sequence[str]) -> dict[str, bool]:
     return {node: outcome[node] for node in nodes if node in outcome and node not in skipped}
 
 
-def summary(verdicts: Sequence[Verdict]) -> Summary:
+def caveats(base: Path) -> list[str]:
+    """What of a study in the folder `base` was not done as its file has it, in lines: settings, and cells."""
+    from experiments import runner, study
+
+    if not (base / study.ABOUT).is_file():
+        return [f"{base} names no study: whether all of one was run is not known"]
+    about, told = read_json(base / study.ABOUT), []
+    if about["overrides"]:
+        told.append(f"{about['study']} was run with {' '.join(about['overrides'])}")
+    cells = len(study.load(about["study"]).cells(about["size"], about["overrides"]))
+    done = sum(runner.finished(folder) for folder in iterate([base]))
+    return [*told, f"of {about['study']} {done} of {cells} cells are finished"] if done < cells else told
+
+
+def summary(verdicts: Sequence[Verdict], caveats: Sequence[str] = ()) -> Summary:
     """All verdicts as a table; of a claim that was not measured, the command that does it."""
     counts = {name: sum(one.verdict == name for one in verdicts) for name in (HOLDS, NAIVE, OPEN, REFUTED, MISSING)}
     rows = [
@@ -457,6 +558,7 @@ def summary(verdicts: Sequence[Verdict]) -> Summary:
     notes = [
         f"{len(verdicts)} claims: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count),
         f"by one-sided tests at {LEVEL:.0%}, adjusted within each study (Holm); not reproduced: neither shown nor refuted",
+        *caveats,
     ]
     columns = ["row", "claim", "source", "published", "ours", "verdict"]
     return Summary("what was published, and what was measured", columns, rows, [], notes, words=True)

@@ -336,22 +336,24 @@ def _attack(arguments: argparse.Namespace) -> int:
 
 def _plot(arguments: argparse.Namespace) -> int:
     from experiments.canvas import FORMATS
+    from experiments.study import distinct
     from fedsim.checks import one_of
     from fedsim.run import iterate
 
     formats = [one_of("--format", form, FORMATS) for form in arguments.format.split(",")]
     figures = arguments.runs[0] / "figures" if arguments.out is None else arguments.out
-    return _finish(iterate(arguments.runs), figures, formats)
+    return _finish(distinct(iterate(arguments.runs)), figures, formats)
 
 
 def _table(arguments: argparse.Namespace) -> int:
     from experiments.plots import summarised
+    from experiments.study import distinct
     from experiments.table import FORMATS, written
     from fedsim.checks import one_of
     from fedsim.run import iterate
 
     one_of("--format", arguments.format, FORMATS)
-    print(written(summarised(iterate(arguments.runs)), arguments.format), end="")
+    print(written(summarised(distinct(iterate(arguments.runs))), arguments.format), end="")
     return 0
 
 
@@ -443,13 +445,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     for name in asked:
         one_of("study", name, answered)
     _quiet()
-    folders = {}
+    folders, lacking = {}, []
     for name, where in asked.items():
         base = Path(where) if where else arguments.runs / f"study-{name}-{'full' if arguments.full else 'quick'}"
         if where or (name != claims.UNIT and next(base.glob("*/config.json"), None)):
             folders[name] = iterate([base])
+            lacking += claims.caveats(base)
     verdicts = claims.verify([claim for claim in said if claim.study in asked], folders)
-    table = claims.summary(verdicts)
+    table = claims.summary(verdicts, lacking)
     if arguments.format == "text":
         console.print(drawn(table))
     else:

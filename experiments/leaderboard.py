@@ -17,6 +17,7 @@ from experiments.naming import conditions, contender, label
 from experiments.plots import KNOWING, LAST, MARGIN, Summary, against_none, row_name, summarised, tables
 from experiments.report import Row, ranked
 from experiments.statistics import Difference
+from experiments.study import distinct
 from experiments.table import markdown_rows
 from fedsim.files import read_json, write_bytes
 from fedsim.run import RunFolder
@@ -45,8 +46,9 @@ other half holds as well, that no more than {NEAR} points are gained. Each test 
 number of defenses. Runs that did not come to their end are counted nowhere, and named: a defense under which training breaks down
 is no better for it.
 
-"Protects only against the naive attacker": of the victims that were stolen without a defense the naive attacker got fewer, and the
-adaptive one, who knows the defense, was not shown to (exact sign tests, one-sided, 5 %). "Naive" is what the naive attacker stole.
+"Protects only against the naive attacker": of the victims that the naive attacker stole without a defense he got fewer, and the
+adaptive one, who knows the defense, was not shown to get fewer of those that he stole without (exact sign tests, one-sided, 5 %).
+"Naive" is what the naive attacker stole.
 """
 
 
@@ -60,6 +62,7 @@ def group_of(cost: Difference | None) -> int:
 def write(folders: Sequence[RunFolder], path: Path, command: str) -> int:
     """Writes the leaderboard of these runs, and returns how many defenses are ranked. Raises ValueError if nothing was attacked."""
     settings: dict[str, list[RunFolder]] = {}
+    folders = distinct(folders)
     for folder in folders:
         settings.setdefault(conditions(folder.config), []).append(folder)
     boards = [(some, _board(some)) for some in settings.values()]

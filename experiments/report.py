@@ -35,7 +35,7 @@ from experiments.plots import IMAGES, KNOWING, PERFECT, TEXTS, TRIVIAL, Summary,
 from experiments.progress import size
 from experiments.scoring import STOLEN_MSE, STOLEN_TOKENS
 from experiments.statistics import LEVEL
-from experiments.study import ABOUT
+from experiments.study import ABOUT, distinct
 from fedsim.files import read_json, write_bytes
 from fedsim.run import RunFolder
 from fedsim.setup import build, setup_of
@@ -74,6 +74,7 @@ def rendered(data: Row) -> str:
 
 def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -> Row:
     """All that the page shows, as plain values. Raises ValueError where nothing was attacked."""
+    verdicts, folders = _of_studies(folders), distinct(folders)
     rounds, leaks = tables(folders)
     where = ", ".join(str(folder.path) for folder in folders[:3]) + ", …" * (len(folders) > 3)
     if not len(rounds):
@@ -119,7 +120,7 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
             for (kind, attack, who), of in leaks.groupby(["kind", "attack", "attacker"], sort=False)
         ],
         "knobs": _knobs({name: of[0].config for name, of in grouped.items()}),
-        "tables": [_section("table", "Summary table", summarised(folders)), *_of_studies(folders)],
+        "tables": [_section("table", "Summary table", summarised(folders)), *verdicts],
         "stages": sorted({int(round) for round in leaks["round"]}),
         "victims": album.victims,
         "images": album.images,
@@ -136,9 +137,13 @@ def _of_studies(folders: Sequence[RunFolder]) -> list[Row]:
     studies: dict[Path, list[RunFolder]] = {}
     for folder in folders:
         studies.setdefault(folder.path.parent, []).append(folder)
-    named = [(read_json(base / ABOUT)["study"], of) for base, of in studies.items() if (base / ABOUT).is_file()]
-    verdicts = [one for name, of in named for one in claims.verify([one for one in claims.load() if one.study == name], {name: of})]
-    return [_section("claims", "Claims", claims.summary(verdicts))] if verdicts else []
+    named = {base: (read_json(base / ABOUT)["study"], of) for base, of in studies.items() if (base / ABOUT).is_file()}
+    verdicts, lacking = [], []
+    for base, (name, of) in named.items():
+        if asked := [one for one in claims.load() if one.study == name]:
+            verdicts += claims.verify(asked, {name: of})
+            lacking += claims.caveats(base)
+    return [_section("claims", "Claims", claims.summary(verdicts, lacking))] if verdicts else []
 
 
 def _section(key: str, title: str, table: Summary) -> Row:
@@ -392,8 +397,8 @@ def _strength(counts: Row) -> tuple[float, float]:
 def _ranked(kind: str, attack: str, leaks: pd.DataFrame, every: pd.DataFrame) -> Row:
     """A line of the ranking, which goes by the stronger attacker, and what may be said of the defense.
 
-    A defense is shown to protect against an attacker where that one stole from fewer of the same victims than were stolen from
-    without a defense (exact sign test of the pairs, one-sided, 5 %, each by itself).
+    A defense is shown to protect against an attacker where that one stole from fewer of the same victims than he did without a
+    defense (exact sign test of the pairs, one-sided, 5 %, each by itself). One who was not tried without is held against the other.
     """
     by = {who: _counts(of) for who in ATTACKERS if len(of := leaks[leaks["attacker"] == who])}
     stronger = max(by, key=lambda who: _strength(by[who]))
@@ -404,9 +409,8 @@ def _ranked(kind: str, attack: str, leaks: pd.DataFrame, every: pd.DataFrame) ->
     bare = every[every["bare"] & every["under"].isin(leaks["under"])]
     if not len(bare):
         return row | {"says": "no run without a defense to compare with"}
-    hardest = max(ATTACKERS, key=lambda who: _strength(_counts(of)) if len(of := bare[bare["attacker"] == who]) else (-1.0, 0.0))
-    without = _stolen(bare[bare["attacker"] == hardest])
-    protects = {who: _protects(_stolen(leaks[leaks["attacker"] == who]), without) for who in by}
+    without = {who: _stolen(of if len(of := bare[bare["attacker"] == who]) else bare) for who in by}
+    protects = {who: _protects(_stolen(leaks[leaks["attacker"] == who]), without[who]) for who in by}
     row["p"] = protects
     if any(p is None for p in protects.values()):
         return row | {"says": f"too few victims to tell: fewer than {LEAST} of them were stolen without a defense"}

@@ -4,11 +4,12 @@ That no difference was found does not say that there is none. Two one-sided test
 the difference is beyond one end of +-`margin`. Accuracies are shares in [0, 1], and so are differences and margins.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 LEVEL = 0.05
 ROUNDING = 1e-9  # accuracies are counts over at most millions of examples, so smaller differences are rounding
@@ -64,6 +65,17 @@ def paired(one: Sequence[float], other: Sequence[float], margin: float) -> Diffe
     test = stats.ttest_rel(a, b)
     low, high = test.confidence_interval(1 - 2 * LEVEL)
     return Difference(mean, float(low), float(high), len(a), margin, float(max(above, below)), float(test.pvalue))
+
+
+def bounded_mean(values: np.ndarray, bound: float) -> dict[str, float]:
+    """One-sided p-values that the mean of what lies between 0 and 1 is above and below a bound, whatever its distribution.
+
+    Chernoff's bound in the form of Hoeffding (1963, Theorem 1): exp(-n KL(mean, bound)). A t-test is too sure of values most of
+    which are 1, and takes values all 1 for proof.
+    """
+    n, mean = len(values), float(np.clip(values.mean(), 0.0, 1.0))
+    p = math.exp(-n * float(special.rel_entr(mean, bound) + special.rel_entr(1 - mean, 1 - bound)))
+    return {"greater": p if mean > bound else 1.0, "less": p if mean < bound else 1.0}
 
 
 def holm(p: Sequence[float]) -> list[float]:

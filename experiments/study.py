@@ -23,12 +23,15 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.config import CONF, Config, compose, sweep
 from experiments.naming import cell_names
 from fedsim.checks import one_of
 from fedsim.cores import SHARE, cores
+
+if TYPE_CHECKING:
+    from fedsim.run import RunFolder
 
 SIZES = ("quick", "full")
 CELLS = "cells.parquet"  # in a study's folder: a row for each cell that was run
@@ -67,8 +70,11 @@ class Study:
 
     def cells(self, size: str, overrides: Sequence[str] = ()) -> dict[str, Config]:
         """The configuration of every cell, by a name that no other has."""
-        cells = self.grid(size, overrides)
-        configs = [compose(cell) for cell in cells]
+        found: dict[str, tuple[Config, list[str]]] = {}
+        for cell in self.grid(size, overrides):
+            config = compose(cell)
+            found.setdefault(digest(config), (config, cell))  # an override can make two lists of settings say the same
+        configs, cells = zip(*found.values(), strict=True)
         return dict(zip(cell_names(configs, cells), configs, strict=True))
 
 
@@ -154,8 +160,11 @@ def run(
         with processes(workers) as pool:
 
             def begin(count: int) -> dict[Future[tuple[Outcome, float]], list[str]]:
-                some = [] if late() else itertools.islice(waiting, count)
-                return {pool.submit(_lot, lot, base, command, quiet=True): list(lot) for lot in some}
+                found = {}
+                with contextlib.suppress(BrokenProcessPool):  # told of those that were running, as they end
+                    for lot in [] if late() else itertools.islice(waiting, count):
+                        found[pool.submit(_lot, lot, base, command, quiet=True)] = list(lot)
+                return found
 
             running = begin(workers)
             while running:
@@ -296,7 +305,8 @@ def _note(base: Path, cells: dict[str, Config], outcome: Outcome, seconds: float
     import pandas as pd
     from filelock import FileLock
 
-    from fedsim.files import read_table, write_table
+    from experiments.progress import console
+    from fedsim.files import Damaged, read_table, write_table
 
     rows = pd.DataFrame(
         [
@@ -306,8 +316,14 @@ def _note(base: Path, cells: dict[str, Config], outcome: Outcome, seconds: float
     ).astype({"failed": object})
     path = base / CELLS
     with FileLock(base / ".cells.lock"):  # jobs of a cluster write to one table
-        if path.exists():
-            old = read_table(path)
+        try:
+            old = read_table(path) if path.exists() else None
+        except Damaged as error:  # the cells say themselves what is finished
+            aside = path.with_name(f"{CELLS}.damaged")
+            path.replace(aside)
+            console.print(f"  {error}: set aside as {aside.name}, a new one is begun", style="yellow", markup=False)
+            old = None
+        if old is not None:
             rows = pd.concat([old[~old["cell"].isin(rows["cell"])], rows], ignore_index=True)
         write_table(path, rows)
 
@@ -315,6 +331,18 @@ def _note(base: Path, cells: dict[str, Config], outcome: Outcome, seconds: float
 def digest(config: Config) -> str:
     """A hash of a whole configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def distinct(folders: Sequence["RunFolder"]) -> list["RunFolder"]:
+    """These runs without those that an earlier one is the same as, as are cells that one study took over from another.
+
+    What counts victims takes each once. A run that was attacked by others later is not the same.
+    """
+    found: dict[tuple[str, ...], RunFolder] = {}
+    for folder in folders:
+        leaks = folder.leaks()
+        found.setdefault((digest(folder.config), *(sorted(leaks["attack"].unique()) if len(leaks) else ())), folder)
+    return list(found.values())
 
 
 def _finished(config: Config, path: Path) -> bool:

@@ -75,12 +75,10 @@ def client_app(
                     proximal=float(order.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
                     hooks=hooks_of(setup.defense, setup.dataset.num_classes, setup.seed, round, client),
                 )
-        packets, state = setup.defense(
-            pack(trained.update),
-            _recall(memory, client, round, setup, trained.update),
-            generator(setup.seed, "defense", round, client),
-        )
-        _remember(memory, client, round, state)
+        before = _recall(memory, client, round, setup, trained.update)
+        packets, state = setup.defense(pack(trained.update), before, generator(setup.seed, "defense", round, client))
+        # What is no number would be in all that the client sends from then on.
+        _remember(memory, client, round, state if all(t.isfinite().all() for t in state.values()) else before)
         if secure:
             return Message(masked_reply(context, setup, shares, packets, trained, buffers), reply_to=message)
         examples = len(torch.cat(index).unique())

@@ -197,6 +197,12 @@ def test_what_a_defense_says_of_its_zeros_stands():
     assert int(pruned.sum()) == 384  # half of 768
     assert not told["head.weight"].weight[:, pruned].any()
     assert bool((told["head.weight"].weight[:, ~pruned] == 1).all())
+    coarse = Chain((defense, UniformQuantization(16)))
+    packets, _ = coarse(pack(update), {}, generator(0, "defense"))
+    plain = local_update(model, params, buffers, [(images, labels)], lr=1.0).update["head.weight"]
+    told = believed(Observation(params, packets, 1), replace(known, defense=coarse))["head.weight"]
+    assert bool((told.low <= plain + 1e-5).all())  # though no level of a quantizer is 0
+    assert bool((plain - 1e-5 <= told.high).all())
     packets, _ = SignSGD()(pack(update), {}, generator(0, "defense"))
     signs = believed(Observation(params, packets, 1), replace(known, defense=SignSGD()))
     assert not any(b.weight.any() for b in signs.values())

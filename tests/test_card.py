@@ -26,7 +26,6 @@ LOCAL = ["federation=fedavg", "federation.batch_size=4"]  # 20 images a client: 
             [
                 "weak attack=fedavg",
                 "weak federation.momentum=0",
-                "weak federation.weight_decay=0",
                 "weak federation.batch_size=1",
             ],
         ),

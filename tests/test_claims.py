@@ -16,11 +16,11 @@ from experiments.config import compose
 class Cell:
     """A finished run's folder, as far as claims read it: its configuration, its rounds and its leaks."""
 
-    def __init__(self, overrides, victims, accuracy=0.5):
+    def __init__(self, overrides, victims, accuracy=0.5, converged=True):
         self.config = compose(overrides)
         rows = [
             {
-                "attack": who,
+                "attack": self.config["choices"]["attack"] + "_adaptive" * (who == "adaptive"),
                 "attacker": who,
                 "round": 1,
                 "client": i,
@@ -28,6 +28,7 @@ class Cell:
                 "mse": 10 ** (-db / 10),
                 "psnr_db": db,
                 "ssim": 0.5,
+                "converged": converged,
             }
             | {"label_right": True, "first_layer_error": 0.1}
             for who, decibels in victims.items()
@@ -89,8 +90,92 @@ def test_differences_are_paired_where_victims_are_the_same():
     cells = Cell(["defense=fp16"], {"naive": noisy + 1 + 0.1 * np.cos(range(8))}), Cell([], {"naive": noisy})
     one = claim("difference", column="psnr_db", of={"defense": "fp16"}, than={"defense": "none"}, expect=">= 0.5")
     assert verdict(one, *cells) == HOLDS
-    fewer = Cell([], {"naive": noisy[:7]})  # another seven: Welch's test sees nothing in so much spread
-    assert verdict(one, cells[0], fewer) == OPEN
+    others = Cell(["seed=1"], {"naive": noisy})  # Welch's test sees nothing in so much spread
+    assert verdict(one, cells[0], others) == OPEN
+    (said,) = verify([one], {"dlg-noise": [cells[0], Cell([], {"naive": noisy[:6]})]})  # those that both have are pairs
+    assert said.ours.endswith("6 pairs")
+
+
+def test_a_victim_counts_once_in_however_many_cells_it_is():
+    cells = [Cell([f"federation.batch_size={b}"], {"naive": GOOD[:4]}) for b in (1, 2)]
+    one = claim("rate", of="MSE < 0.03", expect=">= 0.5")
+    (said,) = verify([one], {"dlg-noise": cells})
+    assert said.verdict == OPEN  # 8 of 8 would be 0.4 %
+    assert said.ours == "8/8 = 100% [51%, 100%], 4 victims"
+    others = Cell(["data=svhn"], {"naive": GOOD[:4]})  # of the same places, and other images
+    assert verdict(one, cells[0], others) == HOLDS
+    (said,) = verify([claim("mean", of="psnr_db", expect=">= 20")], {"dlg-noise": cells})
+    assert said.ours.endswith("n=4")
+
+
+def test_what_was_made_of_a_cell_later_by_another_attack_answers_nothing():
+    cell = Cell(["attack=idlg"], {"naive": GOOD})
+    one = claim("rate", of="MSE < 0.03", where={"attack": "idlg"}, expect=">= 0.5")
+    again = cell._leaks.assign(attack="dlg", mse=1.0)
+    cell._leaks = pd.concat([cell._leaks, again], ignore_index=True)
+    (said,) = verify([one], {"dlg-noise": [cell]})
+    assert said.ours.startswith("8/8")
+
+
+def test_searches_that_did_not_end_show_no_protection():
+    """However little an attacker tried, `holds` cannot come of it; that one who steals all the same steals is no less sure."""
+    one = claim("rate", "both", of="MSE < 0.03", where={"defense": "fp16"}, expect="<= 0.5")
+    starved = Cell(["defense=fp16"], {"naive": BAD, "adaptive": BAD}, converged=False)
+    (said,) = verify([one], {"dlg-noise": [starved]})
+    assert said.verdict == OPEN
+    assert said.ours.count("8 not converged") == 2
+    assert verdict(one, Cell(["defense=fp16"], {"naive": BAD, "adaptive": GOOD}, converged=False)) == NAIVE
+    does_not = claim("rate", of="MSE < 0.03", expect=">= 0.5")
+    assert verdict(does_not, starved) == REFUTED
+
+
+def test_who_knows_may_need_another_attack():
+    told = {"of": "MSE < 0.03", "where": {"attack": "idlg"}, "knowing": {"attack": "analytic"}, "expect": "<= 0.5"}
+    cells = Cell(["attack=idlg"], {"naive": BAD}), Cell(["attack=analytic"], {"naive": GOOD})
+    assert verdict(claim("rate", "both", **told), *cells) == NAIVE
+
+
+def test_scores_at_the_end_of_their_scale_are_no_proof():
+    def said(n, bound):
+        cell = Cell([], {"naive": GOOD[:1] * n})
+        cell._leaks["rougeL"] = 1.0
+        return verdict(claim("mean", of="rougeL", expect=bound), cell)
+
+    assert said(12, ">= 0.95") == OPEN  # with a mean of 0.95, twelve of twelve are 1 in 54 % of cases
+    assert said(60, ">= 0.95") == HOLDS
+    assert said(12, "<= 0.5") == REFUTED
+    same = Cell(["defense=fp16"], {"naive": [100.0] * 4}), Cell([], {"naive": [100.0] * 4})
+    near = claim("equivalent", column="psnr_db", of={"defense": "fp16"}, than={"defense": "none"}, margin=1)
+    assert verdict(near, *same) == OPEN
+
+
+def test_rounds_are_named_by_their_place_among_those_attacked():
+    cell = Cell([], {"naive": GOOD})
+    later = [cell._leaks.assign(round=round, psnr_db=cell._leaks["psnr_db"] - round) for round in (1, 20, 7)]
+    cell._leaks = pd.concat(later, ignore_index=True)
+    for name, round in (("first", 1), ("middle", 7), ("last", 20)):
+        (said,) = verify([claim("mean", of="psnr_db", where={"round": name}, expect=">= 0")], {"dlg-noise": [cell]})
+        assert said.ours.startswith(f"{33.5 - round:.1f} dB")
+
+
+def test_accuracies_are_compared_under_one_condition_and_runs_that_broke_off_are_named():
+    def cells(lr, none, fp16):
+        made = [("none", none), ("fp16", fp16)]
+        return [
+            Cell([f"defense={d}", f"seed={s}", f"federation.lr={lr}"], {"naive": GOOD}, a + s / 100)
+            for d, a in made
+            for s in range(3)
+        ]
+
+    one = claim("equivalent", column="accuracy", of={"defense": "fp16"}, than={"defense": "none"}, margin=0.02)
+    worse = [*cells(0.1, 0.5, 0.2), *cells(0.2, 0.5, 0.5)]
+    (said,) = verify([one], {"dlg-noise": worse})
+    assert said.verdict != HOLDS
+    assert said.ours.endswith("6 pairs")
+    worse[-1]._rounds = worse[-1]._rounds.iloc[:2]
+    worse[0]._rounds = worse[0]._rounds.iloc[:0]
+    (said,) = verify([one], {"dlg-noise": worse})
+    assert said.ours.endswith("4 pairs, 1 of 6 runs and 1 of 6 runs did not finish")
 
 
 def test_accuracy_is_that_of_runs_and_equivalence_is_shown_by_two_tests():
@@ -180,6 +265,8 @@ def test_every_claim_there_is_can_be_answered(monkeypatch):
             continue
         where = one.settings.get("where", {})
         sides = [where | side for side in (one.settings.get("of"), one.settings.get("than")) if isinstance(side, dict)] or [where]
+        sides += [where | one.settings["knowing"]] if "knowing" in one.settings else []
+        assert all(side.get("round", "last") in claims.STAGES for side in sides)  # is in studies of both sizes
         sides = [{key: value for key, value in side.items() if key not in claims.ROWS} for side in sides]
         both = (
             ["model=mcmahan_cnn,resnet18"] if any(side.get("model") == "resnet18" for side in sides) else []

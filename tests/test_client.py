@@ -1,9 +1,13 @@
 """The client: its noise is its own, and what its defense remembers lasts from round to round."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from worlds import FEDSGD, TOPK_EF, config, federate
+
+from fedsim.protocols import FedSGD
 
 # So small a rate that no weight moves: each round's true updates are those of a run without defense.
 STILL = FEDSGD | {"clients": 2, "per_round": 2, "lr": 1e-30}
@@ -35,6 +39,24 @@ def test_a_client_sends_later_what_its_defense_held_back(tmp_path):
             arrived = sum(one.update[name] for one in sent if one.client == client) + held[f"residual/{name}"]
             wanted = sum(one.update[name] for one in true if one.client == client)
             assert torch.allclose(arrived, wanted, rtol=0, atol=1e-5), name
+
+
+def test_a_client_forgets_a_round_whose_update_was_no_number(tmp_path, monkeypatch):
+    memory, other = (tmp_path / f"client_{i:05d}" for i in range(2))
+    train = FedSGD.train
+
+    def once(self, *arguments, **more):
+        trained = train(self, *arguments, **more)
+        if len(list(memory.glob("*"))) == len(list(other.glob("*"))) == 1:  # the first client of the second round
+            next(iter(trained.update.values())).fill_(math.inf)
+        return trained
+
+    monkeypatch.setattr(FedSGD, "train", once)
+    federate(config(federation=STILL, defense=TOPK_EF), rounds=3, memory=tmp_path)
+    first, second, third = (load_file(file) for file in sorted(memory.iterdir()))
+    assert all(torch.equal(t, first[name]) for name, t in second.items())
+    assert all(t.isfinite().all() for t in third.values())
+    assert not all(torch.equal(t, first[name]) for name, t in third.items())
 
 
 def test_a_defense_with_a_memory_needs_a_place_to_keep_it():

@@ -472,15 +472,28 @@ def test_every_exact_attack_keeps_the_contract(attack: Any) -> None:
 
 @pytest.mark.parametrize("attack", EXACT, ids=lambda attack: type(attack).__name__)
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_an_update_that_says_nothing_is_survived_and_not_called_converged(attack: Any, value: float) -> None:
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_update_that_says_nothing_is_survived_and_not_called_converged(attack: Any, value: float, size: int) -> None:
     model = small_mlp("leaky_relu") if isinstance(attack, RGAP) else small_mlp()
-    size = 1 if isinstance(attack, RGAP) else 3
+    size = 1 if isinstance(attack, RGAP) else size
     seen = client(model, images_of(TINY, size), torch.arange(size))
     blank = pack({name: torch.full_like(t, value) for name, t in seen.update.items()})
     (found,) = attack([replace(seen, packets=blank)], Knowledge(TINY, 11), model, generator(0, "blank"))
     assert not found.converged
     assert found.images.shape == (size, *TINY)
     assert found.images.isfinite().all()
+
+
+@pytest.mark.parametrize("attack", [Analytic(), SPEAR()], ids=lambda attack: type(attack).__name__)
+def test_weight_decay_is_taken_off_before_a_step_is_divided(attack: Any) -> None:
+    model, images, labels = small_mlp(), images_of(TINY, 1), torch.tensor([3])
+    update = local_update(model, *split(model), [(images, labels)], lr=0.1, weight_decay=0.01).update
+    seen = Observation(split(model)[0], pack(update), 1)
+    told = Knowledge(TINY, 11, lr=0.1, local_steps=1, weight_decay=0.01)
+    (found,), (ignorant,) = (attack([seen], known, model, generator(0, "x")) for known in (told, replace(told, weight_decay=0.0)))
+    assert found.converged
+    assert not ignorant.converged
+    assert metrics.mse(found.images, images).item() < 1e-9
 
 
 def conv_net(**settings: Any) -> Classifier:

@@ -12,9 +12,10 @@ from torch.func import functional_call
 
 import attacks
 from attacks import LBFGS, SGD, Adam, CosineGap, GaussianGap, GradientMatching, SquaredPixels, Stop, metrics
-from attacks.evidence import views
+from attacks.evidence import believed, gradient_of, views
 from attacks.matching import Plan, Problems
 from attacks.optimizers import RUNNING, minimise
+from defenses import UniformQuantization
 from fedsim.data import Images
 from fedsim.models import Precode, lenet
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction
@@ -481,6 +482,22 @@ def test_at_the_truth_an_imitated_update_is_the_clients_own(training: dict[str, 
             GradientMatching(labels="given", imitate=True), seen, model, replace(KNOWN, batch_size=2, local_steps=3, lr=0.1), labels
         )
         assert group.evaluate(images.reshape(1, -1), torch.zeros(1, dtype=torch.int64))[0].item() > 1e-6
+
+
+@pytest.mark.parametrize("defense", [None, UniformQuantization(64)], ids=str)
+def test_at_the_truth_one_step_with_weight_decay_is_explained(defense: UniformQuantization | None) -> None:
+    model, images, labels = Small(), smooth(2), torch.tensor([0, 3])
+    seen = sent(model, [(images, labels)], 2, lr=0.1, weight_decay=0.5)
+    known = replace(KNOWN, batch_size=2, local_steps=1, lr=0.1, weight_decay=0.5, defense=defense)
+    if defense:
+        seen = replace(seen, packets=defense(seen.packets, {}, generator(0, "defense"))[0])
+        gradient = gradient_of(sent(model, [(images, labels)], 2, lr=0.1), replace(known, weight_decay=0.0))
+        told = believed(seen, known)
+        assert all((b.low - 1e-5 <= gradient[name]).all() and (gradient[name] <= b.high + 1e-5).all() for name, b in told.items())
+        return
+    for attack in (GradientMatching(labels="given"), GradientMatching(labels="given", imitate=True)):
+        group = problems(attack, seen, model, known, labels)
+        assert group.evaluate(images.reshape(1, -1), torch.zeros(1, dtype=torch.int64))[0].item() < 1e-10
 
 
 def test_imitating_five_local_steps_beats_taking_them_for_one_gradient() -> None:
