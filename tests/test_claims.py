@@ -300,7 +300,7 @@ def test_a_test_that_fails_refutes(tmp_path, monkeypatch):
 def test_verify_answers_a_study_that_was_run(tmp_path, capsys):
     tiny = ["data=synthetic", "data.train_size=40", "data.test_size=20", "federation.clients=2", "federation.per_round=2"]
     out = tmp_path / "study-resolution-quick"
-    assert main(["study", "resolution", *tiny, "data.side=16,32", "attack.evaluations=2", "-o", str(out)]) == 0
+    assert main(["study", "resolution", *tiny, "seed=0", "data.side=16,32", "attack.evaluations=2", "-o", str(out)]) == 0
     capsys.readouterr()
     assert main(["verify", "resolution", "--runs", str(tmp_path), "--format", "csv"]) == 0
     said = capsys.readouterr().out.splitlines()

@@ -42,21 +42,21 @@ def test_a_client_sends_later_what_its_defense_held_back(tmp_path):
 
 
 def test_a_client_forgets_a_round_whose_update_was_no_number(tmp_path, monkeypatch):
-    memory, other = (tmp_path / f"client_{i:05d}" for i in range(2))
-    train = FedSGD.train
+    train, trainings = FedSGD.train, []
 
     def once(self, *arguments, **more):
         trained = train(self, *arguments, **more)
-        if len(list(memory.glob("*"))) == len(list(other.glob("*"))) == 1:  # the first client of the second round
+        trainings.append(trained)
+        if len(trainings) == 3:  # the first of the second round
             next(iter(trained.update.values())).fill_(math.inf)
         return trained
 
     monkeypatch.setattr(FedSGD, "train", once)
     federate(config(federation=STILL, defense=TOPK_EF), rounds=3, memory=tmp_path)
-    first, second, third = (load_file(file) for file in sorted(memory.iterdir()))
-    assert all(torch.equal(t, first[name]) for name, t in second.items())
-    assert all(t.isfinite().all() for t in third.values())
-    assert not all(torch.equal(t, first[name]) for name, t in third.items())
+    held = [[load_file(file) for file in sorted((tmp_path / f"client_{i:05d}").iterdir())] for i in (0, 1)]
+    same = [[all(torch.equal(t, one[0][name]) for name, t in later.items()) for later in one[1:]] for one in held]
+    assert sorted(same) == [[False, False], [True, False]]
+    assert all(t.isfinite().all() for one in held for kept in one for t in kept.values())
 
 
 def test_a_defense_with_a_memory_needs_a_place_to_keep_it():
