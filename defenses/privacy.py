@@ -187,6 +187,15 @@ class DPSGD(Untouched):
     def __post_init__(self) -> None:
         _checked(self)
 
+    def check_model(self, model: nn.Module) -> None:
+        """Raises ValueError for a model that does not treat examples apart."""
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise ValueError(
+                    f"DPSGD needs each example's own gradient, and {name or 'the model'} normalises by the batch: take "
+                    "model.norm=group, or federation.train_mode=false"
+                )
+
     def gradients(
         self,
         model: nn.Module,
@@ -197,6 +206,7 @@ class DPSGD(Untouched):
         step: int,
         rng: torch.Generator,
     ) -> tuple[Tensor, Update]:
+        self.check_model(model)
         std, batch = _noise(self), len(images)
         total, losses = clipped_sum(model, params, buffers, images, labels, self.clip)
         noisy = {name: t + std * torch.randn(t.shape, generator=rng).to(t.device) for name, t in total.items()}
@@ -232,12 +242,6 @@ def clipped_sum(
 
     A gradient that is no number is left out: a server can broadcast weights at which chosen images have one, and no noise hides it.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise ValueError(
-                f"DPSGD needs each example's own gradient, and {name or 'the model'} normalises by the batch: take "
-                "model.norm=group, or federation.train_mode=false"
-            )
 
     def one(params: Update, image: Tensor, label: Tensor) -> Tensor:
         return batch_loss(model, params, buffers, image[None], label[None])

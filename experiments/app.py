@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from experiments.config import Config, ConfigError, build_checked, compose
-from fedsim.client import client_app
+from fedsim.client import client_app, client_of
 from fedsim.engines.deployment import Deployment
+from fedsim.files import write_bytes
 from fedsim.secure_rounds import STEPS
 
 RUN_CONFIG: dict[str, bool | str] = {"overrides": "", "config": "", "resume": False}
@@ -95,6 +97,16 @@ def memory_of(context: Context, run: str) -> Path:
     return Path(str(base)).expanduser() / run / "clients"
 
 
+def begin(folder: Path, context: Context) -> None:
+    """Makes the folder of a client's memories, without those of an earlier run of this name; a run that goes on keeps its own."""
+    mark, number = folder / "run", str(context.run_id)
+    if mark.is_file() and mark.read_text() == number:
+        return
+    if not context.run_config["resume"] and folder.exists():
+        shutil.rmtree(folder)
+    write_bytes(mark, number.encode())
+
+
 client = ClientApp()
 
 
@@ -103,7 +115,9 @@ def _answer(message: Message, context: Context) -> Message:
 
     quiet()
     config = client_config(context)
-    return client_app(config, str(memory_of(context, config["name"])))(message, context)
+    memory = memory_of(context, config["name"])
+    begin(memory / f"client_{client_of(context):05d}", context)
+    return client_app(config, str(memory))(message, context)
 
 
 client.train()(_answer)

@@ -276,6 +276,7 @@ def _deploy(arguments: argparse.Namespace) -> int:
 def _multirun(base: Path) -> int:
     from experiments import runner
     from experiments.progress import console
+    from fedsim.errors import FederationError
     from fedsim.files import read_json
     from fedsim.run import RunError, RunFolder, check_no_links, is_name
     from fedsim.setup import check_targets
@@ -285,18 +286,25 @@ def _multirun(base: Path) -> int:
     check_targets(plan["cells"])
     if odd := [name for name in plan["cells"] if not is_name(name)]:
         raise RunError(f"{base / 'multirun.json'}: {odd[0]!r} is not the name of a folder in {base}")
-    folders = []
+    folders, failures = [], {}
     for number, (name, config) in enumerate(plan["cells"].items(), 1):
         console.rule(f"{number}/{len(plan['cells'])}  {name}", align="left")
         path = base / name
-        if not (path / "config.json").exists():
-            folder = runner.start(config, path, plan["command"])
-        else:
-            folder = RunFolder.open(path)
-            if not runner.finished(folder):
-                runner.resume(folder)
-        folders.append(folder)
-    return _finish(folders, base / "figures")
+        try:
+            if not (path / "config.json").exists():
+                folder = runner.start(config, path, plan["command"])
+            else:
+                folder = RunFolder.open(path)
+                if not runner.finished(folder):
+                    runner.resume(folder)
+            folders.append(folder)
+        except (ValueError, FederationError) as error:  # that run's own, and none of the others'
+            failures[name] = " ".join(str(error).split())
+    if folders:
+        _finish(folders, base / "figures")
+    for name, why in failures.items():
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _finish(folders: "list[RunFolder]", figures: Path, formats: Sequence[str] = ("png", "svg")) -> int:
@@ -326,11 +334,20 @@ def _attack(arguments: argparse.Namespace) -> int:
     attack = build_checked("attack", config["attack"])
     _quiet()
     from experiments import runner
+    from experiments.naming import named
     from fedsim.run import iterate
 
-    folders = iterate([arguments.run])
+    name, usual = config["choices"]["attack"], compose([f"attack={config['choices']['attack']}"])["attack"]
+    folders, kept = iterate([arguments.run]), []
     for folder in folders:
-        runner.attack_again(folder, attack, config["choices"]["attack"], config["attacker"])
+        own = folder.config["attack"] if folder.config["choices"]["attack"] == name else usual
+        if len(folders) > 1 and (lacking := runner.nothing_to_attack(folder)):
+            print(f"left out: {lacking}", file=sys.stderr)
+            continue
+        runner.attack_again(folder, attack, named(name, config["attack"], own), config["attacker"])
+        kept.append(folder)
+    if not kept:
+        raise ValueError(f"{arguments.run}: no run in it has captured anything to attack")
     return _finish(folders, arguments.run / "figures")
 
 

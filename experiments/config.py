@@ -61,6 +61,9 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> Config:
                 asked = next(group for group in ("model/bottleneck", "defense", "setting") if group in chosen)
                 raise ConfigError(f"{asked}={chosen[asked]} stands in the model, and {way_out}") from None
             raise ConfigError(" ".join(str(error).split())) from None
+    for key in ("name", "out"):  # 2024 is a name as well
+        if config.get(key) is not None:
+            config[key] = str(config[key])
     config["choices"] = {group: named.get(group, chosen.get(group)) for group in GROUPS if group != "model/init"}
     return config
 

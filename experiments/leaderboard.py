@@ -156,7 +156,7 @@ def _made_with(folders: Sequence[RunFolder]) -> list[str]:
     said = [f"Runs: {len(folders)}; seeds: {_list(sorted({config['seed'] for config in configs}))}."]
     budgets = {config["choices"]["attack"]: label(config, "attack") for config in configs if config["attack"]}
     for attack, of in leaks.groupby("attack", sort=False) if len(leaks) else ():
-        budget = budgets.get(str(attack), f"{attack}, of `fedsim attack`, whose settings a run's folder does not hold")
+        budget = budgets.get(str(attack), f"{attack} of `fedsim attack`, in all else as it comes")
         spent = [f"{who}: {_spent(some)}" for who, some in of.groupby("attacker", sort=False)]
         said.append(f"Attack: {budget}; {'; '.join(spent)}.")
     said.append(f"Listened to: {'; '.join(_distinct(_heard(config) for config in configs))}.")

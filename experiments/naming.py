@@ -96,6 +96,16 @@ def leaves(path: list[str], node: Any) -> list[tuple[str, Any]]:
     return [leaf for key, value in inside for leaf in leaves([*path, str(key)], value)]
 
 
+def named(attack: str, settings: Config, usual: Config) -> str:
+    """What an attack is called in a run's tables and folders: with the settings in which it is not the `usual` one.
+
+    What it records changes nothing that it finds.
+    """
+    known = dict(leaves([], usual)) | {"record": settings.get("record")}
+    unusual = [f"{path.rsplit('.', 1)[-1]}={value}" for path, value in leaves([], settings) if known.get(path) != value]
+    return "_".join([attack, *unusual]).translate({ord(c): "-" for c in " /"} | {ord(c): None for c in "[]\"'"})
+
+
 def without_defense(config: Config) -> bool:
     """Whether nothing defends this run, neither what is sent nor the model."""
     return label(config) == "none"

@@ -36,7 +36,6 @@ from experiments.statistics import Difference, holm, paired
 from fedsim.files import write_bytes
 from fedsim.observation import SUM
 from fedsim.run import RunFolder
-from fedsim.setup import setup_of
 
 TRIVIAL = {"grey": "a grey card", "mean_image": "the mean image", "mean_colour": "its mean colour"}  # what knowing nothing makes
 KNOWING = ", adaptive"  # ends the label of an attacker who knows the defense
@@ -612,7 +611,7 @@ def _pictures(folders: Sequence[RunFolder], attack: str, columns: int = 8) -> li
 
 def _page(rows: _Rows, victims: pd.Index, attack: str) -> Figure:
     """Original, and what was stolen despite each defense; each row's median and worst leak are framed."""
-    setup = setup_of(next(iter(rows.values()))[0].config)
+    setup = next(iter(rows.values()))[0].setup()
     titles = 0.075 * max(len(word) for name in rows for word in name.split(" "))  # inches, at 8 points
     size = (1.05 * len(victims) + max(1.4, titles + 0.5), 1.25 * (len(rows) + 1) + 0.5)
     figure, grid = plt.subplots(len(rows) + 1, len(victims), figsize=size, squeeze=False, layout="compressed")
@@ -659,7 +658,7 @@ def _traces(folders: Sequence[RunFolder], attack: str, out: Path, formats: Seque
             whose = sender(leaks.iloc[place], client)
             trace = folder.traces(leaks.iloc[place]["made_by"], round).get(whose)
             if trace is not None:
-                truth = setup_of(folder.config).truth(round, client)[0][image].cpu()
+                truth = folder.setup().truth(round, client)[0][image].cpu()
                 through = "_sum" if whose == SUM else ""
                 file = f"{folder.path.name}_round_{round:05d}_client_{client:05d}_image_{image}{through}"
                 about = f"by {attack} from client {client}{' in a sum' * bool(through)} in round {round} of {folder.path.name}"
@@ -678,7 +677,7 @@ def _row_title(axes: Axes, text: str) -> None:
 
 def _partition(folder: RunFolder, most: int = 60) -> Figure:
     """Images of each class, or sentences of each topic, at each client, the first `most` clients."""
-    setup = setup_of(folder.config)
+    setup = folder.setup()
     labels, classes = setup.dataset.train.labels, len(setup.dataset.classes)
     counts = torch.stack([torch.bincount(labels[shard], minlength=classes) for shard in setup.shards[:most]]).numpy()
     figure, axes = _figure(max(4.5, 1.8 + 0.16 * len(counts)), max(2.4, 1.2 + 0.2 * min(classes, 20)))

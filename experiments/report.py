@@ -597,7 +597,6 @@ class _Album:
         self._room = room - PLACES * len(self.victims)
         films = int((1 - STILLS) * self._room)
         self._room -= films
-        configs = {run: folder.config for run, folder in self.folders.items()}
 
         def turn(i: int) -> tuple[Any, ...]:
             leak = self._leaks[i]
@@ -609,7 +608,7 @@ class _Album:
             leak, told = self._leaks[i], self.victims[i]
             run, round, client = leak["run"], told["round"], told["client"]
             if (key := (leak["under"], leak["seed"], round, client)) not in truths:
-                truths[key] = setup_of(configs[run]).truth(round, client)[0].cpu()
+                truths[key] = self.folders[run].setup().truth(round, client)[0].cpu()
             if made[0] != (run, leak["made_by"], round):
                 made = (run, leak["made_by"], round), self.folders[run].reconstructions(leak["made_by"], round)
             truth = truths[key][told["image"]]

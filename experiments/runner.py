@@ -30,11 +30,12 @@ from fedsim.accounting import reconstruction_bound
 from fedsim.cohort import cohort_of
 from fedsim.cores import cores
 from fedsim.data import Corpus, check, image_shape
+from fedsim.defense import check_model
 from fedsim.engines.deployment import Deployment
 from fedsim.engines.inline import Inline
 from fedsim.federation import Checkpoint, Engine, Round
 from fedsim.observation import SUM, Observation, Reconstruction
-from fedsim.run import RunError, RunFolder
+from fedsim.run import RunError, RunFolder, is_name
 from fedsim.secure_rounds import check_averages
 from fedsim.seeding import generator
 from fedsim.setup import Setup, check_targets, device_of, one_thread, setup_of
@@ -50,6 +51,8 @@ def check_config(config: Config) -> None:
 
     whole("rounds", config["rounds"])
     whole("seed", config["seed"], 0)
+    if config.get("name") is not None and not is_name(config["name"]):
+        raise ConfigError(f"name={config['name']} is no name of a folder: say with out= where it goes")
     cores()  # says what is wrong with $FEDSIM_CORES
     one_of("attacker", config.get("attacker", "naive"), ATTACKERS)
     device_of(config["device"])
@@ -59,6 +62,7 @@ def check_config(config: Config) -> None:
             build_checked(group, config[group])
     if config.get("tracker"):
         build_checked("tracker", config["tracker"])
+    _check_tap(build_checked("tap", config["tap"]), config)
     attack = attack_of(config)
     check_reads(attack, config["choices"]["attack"], config)
     if attack is None and config["choices"]["attack"] != "none":
@@ -78,12 +82,23 @@ def check_config(config: Config) -> None:
         if attack is not None and data["side"] < WINDOW:
             raise ConfigError(f"data.side must be at least {WINDOW}, SSIM's window, for an attack to be scored, got {data['side']}")
     shape, classes = ((16,), 400) if data["name"] == "text" else (image_shape(data["name"], data.get("side")), 10)
-    build_checked("model", config["model"], image_shape=shape, num_classes=classes)
+    model = build_checked("model", config["model"], image_shape=shape, num_classes=classes)
+    check_model(build_checked("defense", config["defense"]), model.train(config["federation"].get("train_mode", True)))
     if data.get("train_size") is not None and data["train_size"] < clients:
         raise ValueError(
             f"data.train_size={data['train_size']} examples are too few for federation.clients={clients}: one each at least"
         )
     check(data["name"], data["root"], download=data.get("download", False))
+
+
+def _check_tap(tap: Tap, config: Config) -> None:
+    """Raises ConfigError for rounds or clients to listen to of which there are none."""
+    rounds, heard = (one if isinstance(one, Sequence) and not isinstance(one, str) else () for one in (tap.rounds, tap.clients))
+    last, clients = config["rounds"], config["federation"]["clients"]
+    if rounds and tap.every is None and min(rounds) > last:
+        raise ConfigError(f"tap.rounds={[*rounds]} come after the last round, rounds={last}: nobody is listened to")
+    if there := [client for client in heard if client >= clients]:
+        raise ConfigError(f"tap.clients names client {there[0]}, and of federation.clients={clients} the last is {clients - 1}")
 
 
 def check_reads(attack: Any, name: str, config: Config) -> None:
@@ -166,7 +181,7 @@ def resume(folder: RunFolder, engine: Engine | None = None, *, attack: bool = Tr
     """Goes on with an interrupted run from its last finished round, if it is not finished. `attack` as of `start`."""
     one_thread()
     engine = engine or _engine(folder.config)
-    setup = setup_of(folder.config)
+    setup = folder.setup()
     show_card(setup, folder.config)
     with folder.held():
         mended = folder.mend()
@@ -196,7 +211,7 @@ def finished(folder: RunFolder) -> bool:
         return True
     if checkpoint is None or checkpoint.round < folder.config["rounds"]:
         return False
-    setup = setup_of(folder.config)
+    setup = folder.setup()
     return not any(_unattacked(folder, one) for one in _attackers(setup, folder.config))
 
 
@@ -257,7 +272,7 @@ def _go(
                 finished=after,
                 start=checkpoint,
                 evaluation=build_checked("evaluate", config["evaluate"]),
-                memory=folder.path / "clients",
+                memory=folder.path.absolute() / "clients",
             )
         for attacker in mine:
             left = _unattacked(folder, attacker)
@@ -275,7 +290,7 @@ def attack_together(folders: Sequence[RunFolder]) -> None:
     drawn for it alone. One who knows it does something else behind each defense.
     """
     one_thread()
-    setups = [setup_of(folder.config) for folder in folders]
+    setups = [folder.setup() for folder in folders]
     naive: list[tuple[Setup, RunFolder, Attacker, list[Observation]]] = []
     with contextlib.ExitStack() as stack, Progress(1) as progress:
         for setup, folder in zip(setups, folders, strict=True):
@@ -302,16 +317,24 @@ def attack_together(folders: Sequence[RunFolder]) -> None:
     console.print(f"  {progress.leak()}; {len(folders)} runs")
 
 
-def attack_again(folder: RunFolder, attack: Any, name: str, who: str = "naive") -> None:
-    """Attacks everything a run has captured, as one program, and adds what leaked to its table."""
-    check_reads(attack, name, folder.config)
-    one_thread()
-    setup = setup_of(folder.config)
-    seen = [one for round in folder.observed_rounds() for one in folder.observations(round)]
+def nothing_to_attack(folder: RunFolder) -> str | None:
+    """Why a run has captured nothing to attack again, and what to do about it; None if it has."""
     if folder.discarded:
-        raise ValueError(f"{folder.path} was run with --discard, and has kept nothing to attack: run it again without")
-    if not seen:
-        raise ValueError(f"{folder.path} has captured nothing to attack: run it with tap.every=5 or tap.rounds=[1]")
+        return f"{folder.path} was run with --discard, and has kept nothing to attack: run it again without"
+    if not folder.observed_rounds():
+        return f"{folder.path} has captured nothing to attack: run it with tap.every=5 or tap.rounds=[1]"
+    return None
+
+
+def attack_again(folder: RunFolder, attack: Any, name: str, who: str = "naive") -> None:
+    """Attacks everything a run has captured, as one program, and adds what leaked to its table, in the place of what an attack of
+    this name had found."""
+    check_reads(attack, name, folder.config)
+    if lacking := nothing_to_attack(folder):
+        raise ValueError(lacking)
+    one_thread()
+    setup = folder.setup()
+    seen = [one for round in folder.observed_rounds() for one in folder.observations(round)]
     log = _logged(folder.path / "log.txt")
     with folder.held(), log, tracked(setup, folder) as track, Progress(folder.config["rounds"]) as progress:
         for attacker in attackers(setup, attack, name, who):
@@ -424,6 +447,7 @@ def environment(setup: Setup, command: str) -> dict[str, Any]:
     device = str(setup.device)
     return {
         "command": command,
+        "data": setup.dataset.fingerprint,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": sys.version.split()[0],
         "packages": packages,

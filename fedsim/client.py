@@ -112,6 +112,11 @@ def _recall(memory: str | None, client: int, round: int, setup: Setup, like: Upd
         return fresh
     if memory is None:
         raise ValueError(f"{setup.defense!r} has a memory, but the client was given no folder to keep it in")
+    if not Path(memory).is_dir():
+        raise ValueError(
+            f"{setup.defense!r} has a memory, which is kept in {memory}, and there is no such folder on this client's machine: "
+            "put out= where all machines of the cluster can write"
+        )
     earlier = [path for path in _state_files(memory, client) if _round(path) < round]
     if not earlier:
         return fresh

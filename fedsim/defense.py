@@ -92,6 +92,14 @@ def replaces_gradient(defense: object) -> bool:
     return any(map(replaces_gradient, parts)) if parts else True
 
 
+def check_model(defense: object, model: nn.Module) -> None:
+    """Raises ValueError for a model that a defense, or one that it is made of, says that it cannot train."""
+    for part in _parts_of(defense):
+        check_model(part, model)
+    if (check := getattr(defense, "check_model", None)) is not None:
+        check(model)
+
+
 def batch_parts(defense: object) -> tuple[BatchDefense, ...]:
     """The defense, or those of its parts in their order, that train on other images than the client's, each time on others."""
     parts = _parts_of(defense)

@@ -113,6 +113,8 @@ def run(
     memory: Path | None = None,
 ) -> None:
     """Runs `rounds` rounds on `engine`, those of `start` counted in. `finished` is called once after each, and before the first."""
+    if memory is not None:
+        memory.mkdir(parents=True, exist_ok=True)
     server = server_app(setup, rounds, choose, listen, finished, start, evaluation or Evaluation())
     folder, clients, device = None if memory is None else str(memory), setup.protocol.clients, str(setup.device)
     cohort, _ = cohort_of(setup, engine.vectorized, engine.chunk) if isinstance(engine, Inline) else (None, "")

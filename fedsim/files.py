@@ -10,6 +10,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from io import BytesIO
@@ -59,6 +60,14 @@ def write_with(path: Path, write: Callable[[str], object], before: Path | None =
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+_BEGUN = re.compile(r"\..+(\.\w+)\.[a-z0-9_]{8}\1")
+
+
+def is_begun(path: Path) -> bool:
+    """Whether a file is one that `write_with` began and was killed before it moved it to its place."""
+    return bool(_BEGUN.fullmatch(path.name)) and path.is_file()
 
 
 def write_bytes(path: Path, data: bytes, before: Path | None = None) -> None:

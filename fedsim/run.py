@@ -32,9 +32,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fedsim.federation import Checkpoint
-from fedsim.files import Damaged, read_json, read_table, read_tensors, write_json, write_table, write_tensors
+from fedsim.files import Damaged, is_begun, read_json, read_table, read_tensors, write_json, write_table, write_tensors
 from fedsim.observation import SUM, Observation, Reconstruction, Trace
-from fedsim.setup import check_targets
+from fedsim.setup import Setup, check_targets, setup_of
 from fedsim.wire import from_bytes, to_bytes
 
 CHECKPOINT, ROUNDS, LEAKS, BEFORE = "checkpoint.safetensors", "rounds.parquet", "leaks.parquet", "before"
@@ -104,6 +104,17 @@ class RunFolder:
         except ValueError as error:
             raise RunError(str(error) if isinstance(error, Damaged) else f"{path}: {error}") from None
         return config
+
+    def setup(self) -> Setup:
+        """The setup of the run's configuration. Raises RunError where its data is not what it was when the run began."""
+        setup, path = setup_of(self.config), self.path / "environment.json"
+        told = _read(read_json, path).get("data") if path.exists() else None  # folders of earlier versions do not tell
+        if told not in (None, setup.dataset.fingerprint):
+            root = setup.config["data"].get("root") or "$FEDSIM_DATA"
+            raise RunError(
+                f"{self.path} was run on other data than {root} holds now: name with data.root or $FEDSIM_DATA what it had"
+            )
+        return setup
 
     @property
     def discarded(self) -> bool:
@@ -323,7 +334,7 @@ class RunFolder:
         """Drops what was written after `round` was finished, and temporary files that a killed process left."""
         (self.path / DISCARDED).unlink(missing_ok=True)
         for path in self.path.rglob(".*.*"):
-            if path.is_file():
+            if is_begun(path):
                 path.unlink()
         for name in ("rounds", "leaks"):
             table = self._table(name)

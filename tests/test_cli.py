@@ -83,8 +83,12 @@ def test_another_attack_adds_rows_and_keeps_the_old(run, capsys):
     assert fedsim("attack", run, "attack=idlg", "attack.evaluations=20", "attack.restarts=1") == 0
     after = RunFolder(run).leaks()
     pd.testing.assert_frame_equal(after[after["attack"] == "dlg"].reset_index(drop=True), old)
-    assert (after["attack"] == "idlg").sum() == 2
-    assert "idlg" in capsys.readouterr().out
+    assert (after["attack"] == "idlg_restarts=1_evaluations=20").sum() == 2  # that is not how it comes
+    assert "idlg_restarts=1" in capsys.readouterr().out
+    assert fedsim("attack", run, "attack=dlg", "attack.evaluations=7") == 0  # nor is this the run's own
+    after = RunFolder(run).leaks()
+    pd.testing.assert_frame_equal(after[after["attack"] == "dlg"].reset_index(drop=True), old)
+    assert after["attack"].str.startswith("dlg_").sum() == len(old)
     assert fedsim("attack", run, "attack=none") == 2
     assert fedsim("attack", run, "defense=topk") == 2
     assert "'defense=topk' is not a setting of an attack" in capsys.readouterr().err
@@ -128,13 +132,13 @@ def test_plot_draws_how_the_worst_and_the_median_leak_came_about_where_that_was_
     assert fedsim("plot", run, "-o", tmp_path / "none") == 0
     assert not list((tmp_path / "none").glob("traces_*"))
     assert fedsim("attack", run, "attack=idlg", "attack.evaluations=30", "attack.restarts=1", "attack.record=10") == 0
-    leaks = RunFolder(run).leaks()
+    leaks, attack = RunFolder(run).leaks(), "idlg_restarts=1_evaluations=30"
     assert fedsim("plot", run, "-o", tmp_path / "some") == 0
-    drawn = sorted(path.name for path in (tmp_path / "some" / "traces_idlg").iterdir())
+    drawn = sorted(path.name for path in (tmp_path / "some" / f"traces_{attack}").iterdir())
     # Of two leaks the median is the lower one, which is the worst as well.
-    worst = leaks[leaks["attack"] == "idlg"].sort_values("mse").iloc[0]
+    worst = leaks[leaks["attack"] == attack].sort_values("mse").iloc[0]
     assert drawn == [f"one_round_00002_client_{worst['client']:05d}_image_{worst['image']}"]
-    files = {path.name for path in (tmp_path / "some" / "traces_idlg" / drawn[0]).iterdir()}
+    files = {path.name for path in (tmp_path / "some" / f"traces_{attack}" / drawn[0]).iterdir()}
     assert files == {"panels.png", "panels.svg", "layers.png", "layers.svg", "animation.gif", "animation.webp"}
 
 
@@ -187,6 +191,25 @@ def test_a_sweep_is_a_folder_of_runs_and_their_comparison(tmp_path, capsys):
     assert fedsim("run", "--resume", tmp_path / "all") == 0
     assert (tmp_path / "all" / folders[3] / "checkpoint.safetensors").exists()
     assert kept.stat().st_mtime_ns == before
+
+
+def test_a_run_of_a_sweep_that_cannot_be_stops_no_other(tmp_path, capsys):
+    words = ["engine.vectorized=true", "tap.every=null", "defense=none,dpsgd,fp16"]
+    assert fedsim("run", "-m", *TINY, *words, f"out={tmp_path}", "name=all") == 1
+    said = capsys.readouterr()
+    assert "failed: dpsgd" in said.err
+    assert "engine.vectorized=True is not possible" in said.err
+    done = {path.parent.name.split("_")[0] for path in (tmp_path / "all").glob("*/checkpoint.safetensors")}
+    assert done == {"none", "fp16"}
+    assert "fp16" in said.out
+    assert fedsim("run", "--resume", tmp_path / "all") == 1
+    assert fedsim("attack", tmp_path / "all", "attack=dlg", "attack.evaluations=1") == 2  # nobody was listened to
+    assert "no run in it has captured anything to attack" in capsys.readouterr().err
+
+
+def test_numbers_are_names_too(tmp_path):
+    assert fedsim("run", *TINY, f"out={tmp_path}", "name=2024") == 0
+    assert RunFolder.open(tmp_path / "2024").config["name"] == "2024"
 
 
 @pytest.mark.parametrize(("overrides", "message"), WRONG, ids=[" ".join(overrides) for overrides, _ in WRONG])

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 from worlds import FEDSGD, TOPK_EF, config, federate
 
+from fedsim.client import _recall
 from fedsim.protocols import FedSGD
+from fedsim.setup import setup_of
 
 # So small a rate that no weight moves: each round's true updates are those of a run without defense.
 STILL = FEDSGD | {"clients": 2, "per_round": 2, "lr": 1e-30}
@@ -62,3 +64,12 @@ def test_a_client_forgets_a_round_whose_update_was_no_number(tmp_path, monkeypat
 def test_a_defense_with_a_memory_needs_a_place_to_keep_it():
     with pytest.raises(RuntimeError, match=r"ErrorFeedback\(.*has a memory, but the client was given no folder"):
         federate(config(defense=TOPK_EF))
+
+
+def test_a_machine_that_has_not_the_runs_folder_says_so(tmp_path):
+    """On a cluster whose machines share no files, each would remember what it alone saw."""
+    setup = setup_of(config(defense=TOPK_EF))
+    with pytest.raises(
+        ValueError, match=r"is kept in .*elsewhere, and there is no such folder on this client's machine: put out= where"
+    ):
+        _recall(str(tmp_path / "elsewhere"), 0, 1, setup, {"x": torch.zeros(3)})

@@ -410,6 +410,22 @@ def test_the_app_runs_what_its_overrides_say_and_goes_on_where_it_stopped(tmp_pa
     assert_same(after.tensors, before.tensors)
 
 
+def test_a_new_run_of_an_old_name_begins_without_its_memories(tmp_path):
+    folder = tmp_path / "client_00000"
+
+    def context(run_id: int, resume: bool) -> Context:
+        return Context(run_id, 2, {"partition-id": 0}, RecordDict(), {**app.RUN_CONFIG, "resume": resume})
+
+    app.begin(folder, context(7, False))
+    memory = folder / "round_000001.safetensors"
+    memory.touch()
+    for again in (context(7, False), context(8, True), context(8, False)):
+        app.begin(folder, again)
+        assert memory.exists()
+    app.begin(folder, context(9, False))
+    assert [path.name for path in folder.iterdir()] == ["run"]
+
+
 @pytest.mark.parametrize("name", ["../up", "/etc", "a/b", "..", ".", "", "a\\b", "C:x", "a\0b"])
 def test_a_servers_name_for_a_run_leads_nowhere_but_below_the_clients_own_folder(name, tmp_path):
     config = compose([app.ENGINE]) | {"name": name}

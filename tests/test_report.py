@@ -291,8 +291,8 @@ def leaks_of(**stolen: list[int]) -> pd.DataFrame:
     """Leaks of a defense, from whose victims an attacker stole (1) or not (0), and of none."""
     rows = [
         {
-            "bare": name == "none",
-            "attacker": "naive" if name == "none" else name,
+            "bare": name.startswith("none"),
+            "attacker": {"none": "naive", "none_knowing": "adaptive"}.get(name, name),
             "client": client,
             "verdict": "stolen" if took else "not converged",
         }
@@ -330,6 +330,15 @@ def test_the_flag_is_for_what_stops_the_naive_attacker_alone(naive, adaptive, sa
     row = report._ranked("A", "dlg", every[~every["bare"]], every)
     assert row["says"] == says
     assert row["flag"] == (says == FLAG)
+
+
+def test_each_attacker_is_held_against_himself():
+    """A defense that changes nothing protects from nobody, however much the one steals more than the other."""
+    half, whole = [1] * 8 + [0] * 10, [1] * 18
+    every = leaks_of(none=half, none_knowing=whole, naive=half, adaptive=whole)
+    row = report._ranked("A", "dlg", every[~every["bare"]], every)
+    assert row["p"] == {"naive": 1.0, "adaptive": 1.0}
+    assert row["says"] == "no fewer thefts were shown"
 
 
 def test_the_ranking_goes_by_the_stronger_attacker():

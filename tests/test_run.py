@@ -4,6 +4,7 @@ import multiprocessing
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 import torch
 from worlds import NORMED, TOPK_EF, assert_same, config, federate
 
+from attacks import dlg
 from experiments import runner
 from experiments.config import compose
 from fedsim.federation import Checkpoint
+from fedsim.files import read_json, write_json
 from fedsim.observation import Observation, Reconstruction, Trace
 from fedsim.run import RunError, RunFolder, iterate
 from fedsim.wire import to_bytes
@@ -214,7 +217,13 @@ def test_rewinding_drops_what_came_later(folder, seen):
     assert list(folder.leaks()["round"]) == [1, 1]
     assert folder.observed_rounds() == [1]
     assert not later.exists()
+    own = [folder.path / name for name in (".env.local", ".pre-commit-config.yaml", "clients/.eslintrc.json", ".rounds.parquet")]
+    begun = folder.path / "clients" / ".round_000001.safetensors.ab12_xyz.safetensors"
+    for path in (*own, begun):
+        path.touch()
     folder.rewind(-1)
+    assert all(path.exists() for path in own)  # whoever put them there
+    assert not begun.exists()
     assert len(folder.rounds()) == len(folder.leaks()) == len(folder.observed_rounds()) == 0
 
 
@@ -272,6 +281,22 @@ def test_a_folder_that_holds_a_run_is_not_written_over(folder):
     with pytest.raises(RunError, match="holds a run already: resume it with --resume"):
         RunFolder.create(folder.path, {"rounds": 7}, {})
     assert folder.config == {"rounds": 3}
+
+
+def test_other_data_than_a_run_was_made_from_is_noticed(tmp_path):
+    config = compose(["data.train_size=41", "data.test_size=13", "rounds=1", "attack=none"])
+    folder = runner.start(config, tmp_path / "run", "a test")
+    assert folder.setup() is not None
+    images = folder.setup().dataset
+    about = read_json(folder.path / "environment.json")
+    assert about["data"] == images.fingerprint
+    turned = replace(images, train=images.train.take(torch.arange(41).flip(0)))  # the same images in another order
+    write_json(folder.path / "environment.json", about | {"data": turned.fingerprint})
+    for use in (RunFolder.setup, runner.resume, lambda folder: runner.attack_again(folder, dlg(evaluations=1), "dlg")):
+        with pytest.raises(RunError, match=r"was run on other data than \$FEDSIM_DATA holds now"):
+            use(folder)
+    (folder.path / "environment.json").unlink()  # which earlier versions did not write so
+    assert folder.setup() is not None
 
 
 def test_a_folder_without_a_run_says_so(tmp_path):

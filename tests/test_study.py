@@ -1,5 +1,6 @@
 """Studies: their files are right, and a study goes on where it stopped."""
 
+import multiprocessing
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ from experiments.estimate import room
 from experiments.plots import summarised
 from experiments.runner import check_config
 from fedsim.files import read_json, read_table
-from fedsim.run import RunFolder
+from fedsim.run import RunFolder, iterate
 
 TINY = """# Two defenses.
 common: [data.train_size=40, data.test_size=20, federation.clients=2, federation.per_round=2, rounds=1, tap.when=end]
@@ -117,6 +118,56 @@ def test_a_cell_that_fails_is_named_and_the_others_are_run(tiny, capsys, monkeyp
     rows = read_table(tiny / "out" / study.CELLS).set_index("cell")["failed"]
     assert "no luck" in rows["uniform_levels=4_cosine_lbfgs_seed=0"]
     assert rows.isna().sum() == 2
+
+
+def test_a_damaged_table_of_cells_is_set_aside(tiny, capsys):
+    (tiny / "out").mkdir()
+    (tiny / "out" / study.CELLS).write_bytes(b"PAR1 not quite")
+    assert main(["study", "tiny", "-o", str(tiny / "out")]) == 0
+    assert "set aside as cells.parquet.damaged, a new one is begun" in " ".join(capsys.readouterr().out.split())
+    assert (tiny / "out" / "cells.parquet.damaged").read_bytes() == b"PAR1 not quite"
+    assert len(read_table(tiny / "out" / study.CELLS)) == 3
+
+
+def test_processes_that_are_killed_between_two_cells_are_rows_and_no_crash(tiny, capsys, monkeypatch):
+    note = study._note
+
+    def killing(base, cells, outcome, seconds):
+        for process in multiprocessing.active_children():  # while one lot is written down, the others' processes go
+            process.kill()
+            process.join()
+        note(base, cells, outcome, seconds)
+
+    monkeypatch.setattr(study, "_note", killing)
+    monkeypatch.setattr(study, "VICTIMS", {"cpu": 1, "cuda": 1})  # a lot for each cell
+    assert main(["study", "tiny", "--workers", "2", "-o", str(tiny / "out")]) == 1
+    rows = read_table(tiny / "out" / study.CELLS)
+    assert 1 <= rows["failed"].isna().sum() < 3
+    assert all("a process was killed, perhaps for memory" in why for why in rows["failed"].dropna())
+    monkeypatch.undo()
+    monkeypatch.setattr(study, "CONF", tiny)
+    assert main(["study", "tiny", "--workers", "2", "-o", str(tiny / "out")]) == 0
+
+
+def test_two_lists_that_an_override_makes_one_are_one(tiny):
+    chosen = replace(study.load("tiny"), sweeps=[[], ["attacker=naive,adaptive"]])
+    assert len(chosen.cells("quick", ["attacker=adaptive"])) == 1
+    assert len(chosen.grid("quick", ["attacker=adaptive"])) == 2
+
+
+def test_a_cell_that_two_studies_have_counts_once(tiny, capsys):
+    for name in ("one", "other"):
+        assert main(["study", "tiny", "-o", str(tiny / name)]) == 0
+    one, other = (iterate([tiny / name]) for name in ("one", "other"))
+    assert study.distinct([*one, *other]) == one
+    capsys.readouterr()
+    told = []
+    for folders in ([tiny / "one"], [tiny / "one", tiny / "other"]):
+        assert main(["table", *map(str, folders), "--format", "csv"]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+    runner.attack_again(other[0], runner.attack_of(other[0].config | {"attack": other[0].config["attack"]}), "later")
+    assert study.distinct([*one, *other]) == [*one, other[0]]  # it was attacked by others, too
 
 
 def test_a_defect_in_one_cell_is_that_cell_s(tiny, capsys, monkeypatch):
@@ -356,7 +407,7 @@ def test_an_attack_that_fails_together_is_made_one_by_one(tiny, capsys, monkeypa
 
 
 def test_cells_are_jobs_of_a_launcher_of_hydra_s(tmp_path):
-    settings = [*("data.train_size=40", "data.test_size=20", "federation.clients=2", "federation.per_round=2"), "data=synthetic"]
+    settings = [*("data.train_size=40", "data.test_size=20", "federation.clients=2", "federation.per_round=2"), "data=synthetic", "seed=0"]
     listed = ",".join(f'"{one}"' for one in [*settings, "attack.evaluations=2"])
 
     def launched(cells):

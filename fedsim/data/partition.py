@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.checks import one_of
+from fedsim.checks import one_of, whole
 from fedsim.seeding import generator, seed_of
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ class Dirichlet:
     def __post_init__(self) -> None:
         if not self.alpha > 0:
             raise ValueError(f"alpha must be > 0, got {self.alpha}")
-        if self.min_size < 0:
-            raise ValueError(f"min_size must be at least 0, got {self.min_size}")
+        whole("partition.min_size", self.min_size)  # a client without images has nothing to train on
 
     def __call__(self, labels: Tensor, num_clients: int, seed: int) -> list[Tensor]:
         """Places of each client's images, ascending."""

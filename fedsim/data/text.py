@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsim.data import grammar
+from fedsim.data.images import fingerprint
 from fedsim.seeding import generator, seed_of
 from fedsim.training import IGNORED
 
@@ -156,6 +157,11 @@ class Corpus:
     def num_classes(self) -> int:
         """V, the number of tokens."""
         return len(self.vocabulary)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the training sentences in their order."""
+        return fingerprint(self.train.inputs, self.train.targets)
 
     @cached_property
     def typical(self) -> Tensor:
