@@ -101,7 +101,7 @@ def _leaks_of(folder: RunFolder, name: str) -> pd.DataFrame:
     """The leaks of a run of this name, with a label for each kind of victim and attacker.
 
     Where updates are masked, those of masked ones and of sums have labels of their own, and so have those of an attacker who knew
-    the defense. `attack` is then the method both used, and `made_by` names its reconstructions.
+    the defense, which come last. `attack` is then the method both used, and `made_by` names its reconstructions.
     """
     leaks = folder.leaks()
     if not len(leaks):
@@ -112,7 +112,8 @@ def _leaks_of(folder: RunFolder, name: str) -> pd.DataFrame:
         (name if what == "update" else f"{name}: {what}") + (KNOWING if adaptive else "")
         for what, adaptive in zip(seen, leaks["attacker"] == "adaptive", strict=True)
     ]
-    return leaks.assign(seen=seen, defense=labels, made_by=leaks["attack"], attack=method)
+    told = leaks.assign(seen=seen, defense=labels, made_by=leaks["attack"], attack=method)
+    return told.sort_values("attacker", ascending=False, kind="stable")
 
 
 def of_text(folders: Sequence[RunFolder]) -> bool:
