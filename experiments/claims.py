@@ -42,7 +42,7 @@ from experiments.scoring import ADAPTIVE
 from experiments.statistics import LEVEL, ROUNDING, bounded_mean, holm
 from fedsim.checks import one_of
 from fedsim.files import read_json
-from fedsim.run import RunFolder, iterate
+from fedsim.run import RunFolder
 
 FILE = Path(__file__).with_name("claims.yaml")
 UNIT = "tests"  # claims that no study but a test answers
@@ -534,9 +534,9 @@ def _tests(nodes: Sequence[str]) -> dict[str, bool]:
     return {node: outcome[node] for node in nodes if node in outcome and node not in skipped}
 
 
-def caveats(base: Path) -> list[str]:
-    """What of a study in the folder `base` was not done as its file has it, in lines: settings, and cells."""
-    from experiments import runner, study
+def caveats(base: Path, folders: Sequence[RunFolder]) -> list[str]:
+    """What of a study in the folder `base`, which holds these cells, was not done as its file has it, in lines."""
+    from experiments import study
 
     if not (base / study.ABOUT).is_file():
         return [f"{base} names no study: whether all of one was run is not known"]
@@ -544,8 +544,13 @@ def caveats(base: Path) -> list[str]:
     if about["overrides"]:
         told.append(f"{about['study']} was run with {' '.join(about['overrides'])}")
     cells = len(study.load(about["study"]).cells(about["size"], about["overrides"]))
-    done = sum(runner.finished(folder) for folder in iterate([base]))
+    done = sum(_is_done(folder) for folder in folders)
     return [*told, f"of {about['study']} {done} of {cells} cells are finished"] if done < cells else told
+
+
+def _is_done(folder: RunFolder) -> bool:
+    rounds, config = folder.rounds(), folder.config
+    return len(rounds) > 0 and rounds["round"].max() >= config["rounds"] and (not config["attack"] or len(folder.leaks()) > 0)
 
 
 def summary(verdicts: Sequence[Verdict], caveats: Sequence[str] = ()) -> Summary:

@@ -467,7 +467,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         base = Path(where) if where else arguments.runs / f"study-{name}-{'full' if arguments.full else 'quick'}"
         if where or (name != claims.UNIT and next(base.glob("*/config.json"), None)):
             folders[name] = iterate([base])
-            lacking += claims.caveats(base)
+            lacking += claims.caveats(base, folders[name])
     verdicts = claims.verify([claim for claim in said if claim.study in asked], folders)
     table = claims.summary(verdicts, lacking)
     if arguments.format == "text":

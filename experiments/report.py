@@ -142,7 +142,7 @@ def _of_studies(folders: Sequence[RunFolder]) -> list[Row]:
     for base, (name, of) in named.items():
         if asked := [one for one in claims.load() if one.study == name]:
             verdicts += claims.verify(asked, {name: of})
-            lacking += claims.caveats(base)
+            lacking += claims.caveats(base, of)
     return [_section("claims", "Claims", claims.summary(verdicts, lacking))] if verdicts else []
 
 

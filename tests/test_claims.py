@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -306,6 +307,11 @@ def test_verify_answers_a_study_that_was_run(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 + sum(one.study == "resolution" for one in claims.load())
     assert all(line.endswith(MISSING) for line in said[1:])  # of other evaluations, and of 64 pixels, nothing was measured
+    shutil.rmtree(next(out.glob("*side=32*")))
+    assert main(["verify", "resolution", "--runs", str(tmp_path)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "resolution was run with data=synthetic" in told
+    assert "of resolution 1 of 2 cells are finished" in told
     assert main(["report", str(out), "-o", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert all(one.claim in page for one in claims.load() if one.study == "resolution")

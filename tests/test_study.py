@@ -407,7 +407,11 @@ def test_an_attack_that_fails_together_is_made_one_by_one(tiny, capsys, monkeypa
 
 
 def test_cells_are_jobs_of_a_launcher_of_hydra_s(tmp_path):
-    settings = [*("data.train_size=40", "data.test_size=20", "federation.clients=2", "federation.per_round=2"), "data=synthetic", "seed=0"]
+    settings = [
+        *("data.train_size=40", "data.test_size=20", "federation.clients=2", "federation.per_round=2"),
+        "data=synthetic",
+        "seed=0",
+    ]
     listed = ",".join(f'"{one}"' for one in [*settings, "attack.evaluations=2"])
 
     def launched(cells):
