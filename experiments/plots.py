@@ -502,8 +502,8 @@ def _rate(victims: pd.DataFrame) -> tuple[Rate, list[list[float]]]:
 
 
 def _range(final: pd.Series) -> list[list[float]]:
-    """How far the smallest and the largest are from the mean."""
-    return [[final.mean() - final.min()], [final.max() - final.mean()]]
+    """How far the smallest and the largest are from the mean, which may round to beyond them where all are the same."""
+    return [[max(0.0, final.mean() - final.min())], [max(0.0, final.max() - final.mean())]]
 
 
 def _pareto(rounds: pd.DataFrame, leaks: pd.DataFrame, attack: str, what: str) -> Figure:

@@ -164,3 +164,9 @@ def test_what_a_run_that_broke_off_had_learned_is_not_averaged_with_others(tmp_p
     (row,) = plots.summarised([RunFolder.open(folder.path) for folder in folders]).rows  # neither came further
     early = [RunFolder.open(folder.path).rounds().dropna(subset="accuracy")["accuracy"].iloc[-1] for folder in folders]
     assert row[1] == f"{sum(early) / 2:.1%}"
+
+
+def test_the_mean_of_equal_accuracies_does_not_reach_beyond_them():
+    final = pd.Series([0.05] * 3)
+    assert final.mean() > final.max()  # as floats are rounded
+    assert plots._range(final) == [[pytest.approx(0.0)], [0.0]]
