@@ -543,7 +543,7 @@ def caveats(base: Path, folders: Sequence[RunFolder]) -> list[str]:
     about, told = read_json(base / study.ABOUT), []
     if about["overrides"]:
         told.append(f"{about['study']} was run with {' '.join(about['overrides'])}")
-    cells = len(study.load(about["study"]).cells(about["size"], about["overrides"]))
+    cells = len(study.load(about["study"]).cells(about["size"]))
     done = sum(_is_done(folder) for folder in folders)
     return [*told, f"of {about['study']} {done} of {cells} cells are finished"] if done < cells else told
 
