@@ -161,10 +161,19 @@ def run(
 
             def begin(count: int) -> dict[Future[tuple[Outcome, float]], list[str]]:
                 found = {}
-                with contextlib.suppress(BrokenProcessPool):  # told of those that were running, as they end
-                    for lot in [] if late() else itertools.islice(waiting, count):
+                for lot in [] if late() else itertools.islice(waiting, count):
+                    try:
                         found[pool.submit(_lot, lot, base, command, quiet=True)] = list(lot)
+                    except BrokenProcessPool:
+                        lost(list(lot))
+                        break
                 return found
+
+            def lost(members: list[str]) -> None:
+                nonlocal waiting
+                killed = "a process was killed, perhaps for memory: start again, with fewer --workers"
+                tell(dict.fromkeys(members, killed), math.nan)
+                waiting = iter(())  # there is nobody left to run others
 
             running = begin(workers)
             while running:
@@ -174,9 +183,7 @@ def run(
                     try:
                         tell(*future.result())
                     except BrokenProcessPool:
-                        killed = "a process was killed, perhaps for memory: start again, with fewer --workers"
-                        tell(dict.fromkeys(members, killed), math.nan)
-                        waiting = iter(())  # there is nobody left to run others
+                        lost(members)
                 running |= begin(len(ended))
     return [base / name for name in cells if name in {*kept, *done} - failures.keys()], failures
 

@@ -46,6 +46,7 @@ class Tracking:
         table = table.assign(seen=table.get("seen", "update"))  # tables of earlier versions
         for (attack, seen, _), of in table.groupby(["attack", "seen", "round"], sort=False):
             round, who = int(of["round"].iloc[0]), str(attack) if seen == "update" else f"{attack}/{seen}"
+            who = who.replace("=", ":")  # which MLflow does not take in a name
             told = {f"stolen/{who}": float((of["verdict"] == "stolen").mean())}
             if "psnr_db" in of:
                 told[f"psnr_db/{who}"] = float(of["psnr_db"].clip(upper=PERFECT).median())

@@ -113,7 +113,7 @@ def run(
     memory: Path | None = None,
 ) -> None:
     """Runs `rounds` rounds on `engine`, those of `start` counted in. `finished` is called once after each, and before the first."""
-    if memory is not None:
+    if memory is not None and setup.defense.init(split(setup.model())[0]):  # by which clients know that they share it
         memory.mkdir(parents=True, exist_ok=True)
     server = server_app(setup, rounds, choose, listen, finished, start, evaluation or Evaluation())
     folder, clients, device = None if memory is None else str(memory), setup.protocol.clients, str(setup.device)

@@ -327,5 +327,5 @@ def test_both_attack_live_and_what_was_captured(tmp_path) -> None:
     assert cli.main(["run", *first]) == 0
     assert cli.main(["attack", str(tmp_path / "run"), "attack=gan", *cheap["gan"]]) == 0
     leaks = RunFolder.open(tmp_path / "run").leaks()
-    assert leaks["attack"].tolist() == ["gias", "gias", "gan", "gan"]
+    assert leaks["attack"].tolist() == ["gias", "gias", "gan_steps=3", "gan_steps=3"]
     assert leaks["label_right"].all()

@@ -564,14 +564,14 @@ def test_a_run_on_text_is_read_attacked_again_and_drawn(tmp_path, capsys):
     assert list(leaks["truth"]) == list(leaks["recovered"])
     assert fedsim("attack", tmp_path / "text", "attack=tag", "attack.iterations=3", "attack.restarts=1") == 0
     assert fedsim("attack", tmp_path / "text", "attack=bag_of_tokens") == 0
-    assert set(folder.leaks()["attack"]) == {"dager", "tag", "bag_of_tokens"}
+    assert set(folder.leaks()["attack"]) == {"dager", "tag_restarts=1_iterations=3", "bag_of_tokens"}
     bag = folder.leaks().query("attack == 'bag_of_tokens'")
     assert (bag["tokens_found"] == 1).all()
     assert "words in place" in capsys.readouterr().out
     table = (tmp_path / "text" / "figures" / "stolen_dager.md").read_text()
     for sentence in leaks["truth"]:
         assert table.count(f"| {sentence} | {sentence} | 100% |") == 1
-    assert {"leak_dager.png", "leak_tag.png", "partition.png", "accuracy.png"} <= {
+    assert {"leak_dager.png", "leak_tag_restarts=1_iterations=3.png", "partition.png", "accuracy.png"} <= {
         path.name for path in (tmp_path / "text" / "figures").iterdir()
     }
     assert fedsim("attack", tmp_path / "text", "attack=dlg") == 2

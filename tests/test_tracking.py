@@ -66,6 +66,7 @@ def points_of(folder: RunFolder) -> Points:
     leaks = folder.leaks()
     for attack, round in {*zip(leaks["attack"], leaks["round"], strict=True)}:
         of = leaks[(leaks["attack"] == attack) & (leaks["round"] == round)]
+        attack = attack.replace("=", ":")
         found[f"stolen/{attack}", round] = [sum(of["verdict"] == "stolen") / len(of)]
         found[f"psnr_db/{attack}", round] = [float(np.median(of["psnr_db"]))]
     return found
@@ -166,7 +167,7 @@ def test_an_attack_that_is_made_later_is_added(resumed, capsys):
     kind, folder = resumed
     assert fedsim("attack", folder.path, "attack=idlg", "attack.evaluations=3", "attack.restarts=1", "attacker=naive") == 0
     expected = points_of(folder)
-    assert ("stolen/idlg", 3) in expected
+    assert ("stolen/idlg_restarts:1_evaluations:3", 3) in expected
     assert_same_points(points_in(kind, folder.path), expected)
 
 

@@ -74,6 +74,7 @@ class Ray:
 
         # A worker that is killed is started again, and does again what it was at: Flower would hand work to the dead one on and on.
         resources: Any = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": -1, "max_task_retries": 1}
-        where: Any = {} if self.address is None else {"init_args": {"address": self.address}}
         telling: Any = _Telling(client)
-        run_simulation(server, telling, clients, backend_config={"client_resources": resources, **where})
+        # Not told where, Ray would join any cluster that was started here, or wait for one that is gone.
+        where: Any = {"address": self.address or "local"}
+        run_simulation(server, telling, clients, backend_config={"client_resources": resources, "init_args": where})
