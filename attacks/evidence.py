@@ -41,16 +41,13 @@ def gradient_of(seen: Observation, known: Knowledge) -> Update:
     """The update as a mean gradient: several local steps are taken for one, lr times their number long. What weight decay added to
     the entries that were sent is taken off, exactly so of one step."""
     scale = step_length(known)
-    return {
-        name: t / scale - decay if (decay := _decay(seen, known, name)) is not None else t / scale
-        for name, t in seen.update.items()
-    }
+    return {name: t / scale - _decay(seen, known, name) for name, t in seen.update.items()}
 
 
-def _decay(seen: Observation, known: Knowledge, name: str) -> Tensor | None:
-    """What weight decay added to the gradient of a parameter; None without."""
+def _decay(seen: Observation, known: Knowledge, name: str) -> Tensor | float:
+    """What weight decay added to the gradient of a parameter, where it was sent."""
     if not known.weight_decay:
-        return None
+        return 0.0
     decay, sent = known.weight_decay * seen.params[name], sent_entries(seen, name)
     return decay if sent is None else decay * sent
 
