@@ -34,7 +34,7 @@ from torch import Tensor
 from fedsim.federation import Checkpoint
 from fedsim.files import Damaged, is_begun, read_json, read_table, read_tensors, write_json, write_table, write_tensors
 from fedsim.observation import SUM, Observation, Reconstruction, Trace
-from fedsim.setup import Setup, check_targets, setup_of
+from fedsim.setup import DRAWN, Setup, check_targets, setup_of
 from fedsim.wire import from_bytes, to_bytes
 
 CHECKPOINT, ROUNDS, LEAKS, BEFORE = "checkpoint.safetensors", "rounds.parquet", "leaks.parquet", "before"
@@ -110,10 +110,12 @@ class RunFolder:
         setup, path = setup_of(self.config), self.path / "environment.json"
         told = _read(read_json, path).get("data") if path.exists() else None  # folders of earlier versions do not tell
         if told not in (None, setup.dataset.fingerprint):
-            root = setup.config["data"].get("root") or "$FEDSIM_DATA"
-            raise RunError(
-                f"{self.path} was run on other data than {root} holds now: name with data.root or $FEDSIM_DATA what it had"
-            )
+            data = setup.config["data"]
+            if data["name"] in DRAWN and not data.get("root"):
+                now, way_out = "this version of fedsim draws", f"take the version in {path}"
+            else:
+                now, way_out = f"{data.get('root') or '$FEDSIM_DATA'} holds now", "name what it had with data.root or $FEDSIM_DATA"
+            raise RunError(f"{self.path} was run on other data than {now}: {way_out}")
         return setup
 
     @property
