@@ -14,8 +14,8 @@ A claim is checked by one of these, on victims or runs that `where` selects by t
 Each gives two one-sided p-values: that the claim is not true, and that it is. Within a study they are adjusted (Holm 1979).
 
 A victim counts once, in however many cells it was attacked. That something protects is shown only by an attacker who knows of it
-and whose searches came to their end: of one that did not, a victim counts as perhaps stolen. `knowing` is what is asked of that
-attacker's cells in the place of `where`, if he needs another attack.
+and whose searches came to their end: of one that did not, a victim counts as perhaps stolen. Nor do such searches refute a leak.
+`knowing` is what is asked of that attacker's cells in the place of `where`, if he needs another attack.
 """
 
 import fnmatch
@@ -279,9 +279,9 @@ def rate(
     low, high = wilson(each.sum(), len(each))
     text += f" = {passed.mean():.0%} [{low:.0%}, {high:.0%}]" + (f", {len(each)} victims" if len(each) < len(passed) else "")
     p = _share(each, bound)
-    if not above and (lost := (passed == 0) & (found.victims(where, "converged", who) == 0)).any():
+    if of in (*BARS, "exact") and (lost := (passed == 0) & (found.victims(where, "converged", who) == 0)).any():
         text += f", {int(lost.sum())} not converged"
-        if attacker == "adaptive":  # these say nothing of protection
+        if above or attacker == "adaptive":  # of protection, or that nothing leaks, these say nothing
             p["less"] = _share(_once(passed + lost), bound)["less"]
     return Answer(text, *_sided(p, above))
 

@@ -119,7 +119,7 @@ def test_what_was_made_of_a_cell_later_by_another_attack_answers_nothing():
 
 
 def test_searches_that_did_not_end_show_no_protection():
-    """However little an attacker tried, `holds` cannot come of it; that one who steals all the same steals is no less sure."""
+    """However little an attacker tried, no protection can come of it, and no refuted leak; who steals all the same is as sure."""
     one = claim("rate", "both", of="MSE < 0.03", where={"defense": "fp16"}, expect="<= 0.5")
     starved = Cell(["defense=fp16"], {"naive": BAD, "adaptive": BAD}, converged=False)
     (said,) = verify([one], {"dlg-noise": [starved]})
@@ -127,7 +127,8 @@ def test_searches_that_did_not_end_show_no_protection():
     assert said.ours.count("8 not converged") == 2
     assert verdict(one, Cell(["defense=fp16"], {"naive": BAD, "adaptive": GOOD}, converged=False)) == NAIVE
     does_not = claim("rate", of="MSE < 0.03", expect=">= 0.5")
-    assert verdict(does_not, starved) == REFUTED
+    assert verdict(does_not, starved) == OPEN
+    assert verdict(does_not, Cell(["defense=fp16"], {"naive": BAD})) == REFUTED
 
 
 def test_who_knows_may_need_another_attack():
