@@ -150,6 +150,8 @@ def server_app(
             fraction_evaluate=1.0 if evaluation.clients else 0.0,
             min_evaluate_nodes=1,
         )
+        if isinstance(setup.aggregation, Secure):
+            check_averages(inner)
         after = 0
         initial = {**params, **buffers}
         if start is not None:
@@ -159,12 +161,12 @@ def server_app(
         updates = UpdateStrategy(inner, tuple(buffers), protocol.server_scale)
         pinned = {name: params[name] for name in setup.server.pinned(model)}
         aggregating: Strategy = PinningStrategy(EavesdroppingStrategy(updates, choose, listen, tuple(buffers)), pinned)
+        nodes, bits = nodes_by_client(grid, protocol.clients), None
         if isinstance(setup.aggregation, Secure):
-            check_averages(inner)
-            aggregating = SecureStrategy(aggregating, setup.aggregation, protocol.per_round, context.run_id, tuple(buffers))
+            bits, run = setup.aggregation.bits, context.run_id
+            aggregating = SecureStrategy(aggregating, setup.aggregation, nodes, protocol.per_round, run, tuple(buffers))
         metered = MeteredStrategy(aggregating)
-        nodes = nodes_by_client(grid, protocol.clients)
-        strategy = SeededStrategy(CheckedStrategy(metered, nodes, tuple(buffers)), seed, nodes, after)
+        strategy = SeededStrategy(CheckedStrategy(metered, nodes, tuple(buffers), bits), seed, nodes, after)
         dense = sum(4 * t.numel() for t in params.values()) + sum(t.numel() * t.element_size() for t in buffers.values())
         clock = time.perf_counter()
 

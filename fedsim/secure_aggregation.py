@@ -150,6 +150,14 @@ class Advert:
     def to_bytes(self) -> bytes:
         return self._LAYOUT.pack(self.client, self.examples, self.cipher_key, self.mask_key, self.commitment)
 
+    def check(self) -> None:
+        """Raises Rejected for keys with which nobody can agree on a secret (points of low order): others would fail over them."""
+        for key in (self.cipher_key, self.mask_key):
+            try:
+                X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(key))
+            except ValueError:
+                raise Rejected(f"client {self.client} advertised a key that gives no secret") from None
+
     @classmethod
     def all_from(cls, data: bytes | memoryview) -> "tuple[Advert, ...]":
         """The adverts that stand one behind the other in `data`."""

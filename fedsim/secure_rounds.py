@@ -11,9 +11,9 @@ it, the change of the BatchNorm statistics, and the training loss; all of it is 
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -58,12 +58,14 @@ from fedsim.secure_aggregation import (
     unmask,
 )
 from fedsim.seeding import generator
-from fedsim.server import Forwarding
+from fedsim.server import MOST_EXAMPLES, Forwarding
 from fedsim.setup import Config, Setup, setup_of
 from fedsim.training import Trained
 from fedsim.wire import Packets, pack, unpack
 
 log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 SECURE = "secure-aggregation"  # the record of keys and shares, and of what a client keeps between the steps of a round
 STEPS = ("advertise", "share", "reveal")  # what clients are asked for besides training
@@ -212,10 +214,9 @@ def _kept(context: Context) -> Secrets:
 
 @dataclass
 class _Progress:
-    """How far a round has got: whose node is where, who advertised keys, who shared secrets, and what became of the broadcast."""
+    """How far a round has got: who advertised keys, and who shared secrets."""
 
     session: bytes
-    nodes: dict[int, int] = field(default_factory=dict)  # by client
     adverts: tuple[Advert, ...] = ()
     sharers: tuple[int, ...] = ()
 
@@ -224,15 +225,19 @@ class SecureStrategy(Forwarding):
     """Runs secure aggregation around training; hands on what the server then has: masked replies, and their sum.
 
     The sum is one more reply, of client SUM, with the weighted mean update. A round in which too few clients stay has no sum: the
-    model stays as it is. A client is whom its node said it was when it advertised, whatever it says later.
+    model stays as it is. A client whose answer cannot be used has vanished.
 
+    nodes    node ids in the order of their clients: nobody speaks for another
     clients  whom a round asks: the threshold is of these
     buffers  BatchNorm statistics among the arrays
     """
 
-    def __init__(self, inner: Strategy, aggregation: Secure, clients: int, run: int, buffers: Sequence[str] = ()) -> None:
+    def __init__(
+        self, inner: Strategy, aggregation: Secure, nodes: Sequence[int], clients: int, run: int, buffers: Sequence[str] = ()
+    ) -> None:
         super().__init__(inner)
         self.aggregation, self.threshold, self.run = aggregation, aggregation.needed(clients), run
+        self._nodes, self._clients = list(nodes), {node: client for client, node in enumerate(nodes)}
         self.buffers = frozenset(buffers)
         self._params: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
@@ -246,7 +251,7 @@ class SecureStrategy(Forwarding):
         self._grid, self._round = grid, _Progress(self.aggregation.session(self.run, server_round))
         try:
             return self._shared(server_round, messages, self._round)
-        except TooFew as why:
+        except Rejected as why:
             _gives_up(server_round, why)
             self._round = None
             return []
@@ -263,47 +268,43 @@ class SecureStrategy(Forwarding):
     def _shared(self, round: int, messages: list[Message], now: _Progress) -> list[Message]:
         """The training messages to those who have shared their secrets, with what the others sealed for them."""
         asked = RecordDict({CONFIG: ConfigRecord({"server-round": round})})
-        answers = self._ask(round, "advertise", {message.metadata.dst_node_id: asked for message in messages})
-        adverts = {}
-        for node, answer in answers.items():
-            (advert,) = Advert.all_from(_bytes(answer, "advert"))
-            now.nodes[advert.client], adverts[advert.client] = node, advert
+        chosen = [self._clients[message.metadata.dst_node_id] for message in messages]
+        adverts = self._ask(round, "advertise", dict.fromkeys(chosen, asked), _advert)
         now.adverts = tuple(adverts[client] for client in sorted(adverts))
-        if not answers:
+        if not adverts:
             raise FederationError(f"round {round}: none of the {len(messages)} chosen clients advertised keys; see the log for why")
         self._enough("clients advertised keys", adverts)
         everybody = _sent(adverts=b"".join(one.to_bytes() for one in now.adverts))
-        answers = self._ask(round, "share", dict.fromkeys(now.nodes.values(), everybody))
-        sealed = {
-            client: _entries(_bytes(answers[node], "shares"), SEALED) for client, node in now.nodes.items() if node in answers
-        }
+
+        def sealed_by(client: int, answer: RecordDict) -> dict[int, bytes]:
+            return _shares(answer, SEALED, adverts.keys() - {client})
+
+        sealed = self._ask(round, "share", dict.fromkeys(adverts, everybody), sealed_by)
         now.sharers = tuple(sorted(sealed))
         self._enough("clients shared their secrets", sealed)
-        client_at = {now.nodes[client]: client for client in now.sharers}
-        kept = [message for message in messages if message.metadata.dst_node_id in client_at]
+        kept = [message for message in messages if self._clients[message.metadata.dst_node_id] in sealed]
         for message in kept:
-            mine = client_at[message.metadata.dst_node_id]
+            mine = self._clients[message.metadata.dst_node_id]
             shares = {client: entries[mine] for client, entries in sealed.items() if client != mine}
             message.content = RecordDict({**message.content, **_sent(shares=_table(shares))})
         return kept
 
     def _summed(self, round: int, replies: list[Message], now: _Progress) -> Message:
         """A reply with the weighted mean of what the masked ones hold."""
-        size = sum(t.numel() for t in (*self._params.values(), *self._buffers.values())) + 1
-        client_at = {now.nodes[client]: client for client in now.sharers}
         masked: dict[int, Codes] = {}
         template = None
         for reply in replies:
             if is_masked(reply):
-                client, template = client_at[reply.metadata.src_node_id], reply
-                masked[client] = self.aggregation.from_bytes(numpy_of(record(reply.content, ArrayRecord, MASKED)[VECTOR]).data)
-                if len(masked[client]) != size:
-                    raise FederationError(f"client {client} sent {len(masked[client])} masked entries, and the model takes {size}")
+                template, vector = reply, numpy_of(record(reply.content, ArrayRecord, MASKED)[VECTOR])
+                masked[self._clients[reply.metadata.src_node_id]] = self.aggregation.from_bytes(vector.data)
         self._enough("clients sent a masked update", masked)
         assert template is not None
         answered = np.array(sorted(masked), "<u4").tobytes()
-        answers = self._ask(round, "reveal", {now.nodes[client]: _sent(answered=answered) for client in masked})
-        revealed = {client_at[node]: _entries(_bytes(answer, "shares"), SECRET) for node, answer in answers.items()}
+
+        def revealed_by(client: int, answer: RecordDict) -> dict[int, bytes]:
+            return _shares(answer, SECRET, now.sharers)
+
+        revealed = self._ask(round, "reveal", dict.fromkeys(masked, _sent(answered=answered)), revealed_by)
         self._enough("clients revealed their shares", revealed)
         total = unmask(now.session, now.adverts, masked, now.sharers, revealed, self.threshold)
         examples = {one.client: one.examples for one in now.adverts}
@@ -314,19 +315,50 @@ class SecureStrategy(Forwarding):
         content = reply_of(pack(update), statistics, seen, loss, SUM, sorted(masked))
         return with_content(template, content)
 
-    def _ask(self, round: int, step: str, contents: Mapping[int, RecordDict]) -> dict[int, RecordDict]:
-        """What the nodes answer, and a warning if some do not."""
-        messages = [Message(content, dst_node_id=node, message_type=f"query.{step}") for node, content in contents.items()]
-        replies = list(self._grid.send_and_receive(messages, timeout=self.aggregation.timeout))
-        answers = {reply.metadata.src_node_id: reply.content for reply in replies if reply.has_content()}
-        why = [reply.error.reason for reply in replies if reply.has_error()] or ["no reply came in time"]
+    def _ask(
+        self, round: int, step: str, contents: Mapping[int, RecordDict], read: Callable[[int, RecordDict], Answer]
+    ) -> dict[int, Answer]:
+        """By client, what `read` makes of its answer, and a warning if some have none, or none that can be read."""
+        messages = [
+            Message(content, dst_node_id=self._nodes[client], message_type=f"query.{step}") for client, content in contents.items()
+        ]
+        answers, why = {}, []
+        for reply in self._grid.send_and_receive(messages, timeout=self.aggregation.timeout):
+            client = self._clients[reply.metadata.src_node_id]
+            if reply.has_error():
+                why.append(reply.error.reason)
+                continue
+            try:
+                answers[client] = read(client, reply.content)
+            except Exception as error:  # whatever reading it raises, what was sent is to blame
+                why.append(f"client {client}: {error if isinstance(error, Rejected) else f'{type(error).__name__}: {error}'}")
         if lost := len(messages) - len(answers):
-            log.warning("round %d: %d of %d clients vanished when asked to %s: %s", round, lost, len(messages), step, why[0])
-        return answers
+            reason = why[0] if why else "no reply came in time"
+            log.warning("round %d: %d of %d clients vanished when asked to %s: %s", round, lost, len(messages), step, reason)
+        return {client: answers[client] for client in contents if client in answers}
 
     def _enough(self, what: str, some: Mapping[int, object]) -> None:
         if len(some) < self.threshold:
             raise TooFew(f"{len(some)} {what}, and {self.threshold} are needed")
+
+
+def _advert(client: int, answer: RecordDict) -> Advert:
+    """What the client advertises. Raises Rejected where it speaks for another, or would leave the others without a secret."""
+    (advert,) = Advert.all_from(_bytes(answer, "advert"))
+    if advert.client != client:
+        raise Rejected(f"it says that it is client {advert.client}")
+    if not 1 <= advert.examples <= MOST_EXAMPLES:
+        raise Rejected(f"it claims {advert.examples} examples")
+    advert.check()
+    return advert
+
+
+def _shares(answer: RecordDict, size: int, clients: Collection[int]) -> dict[int, bytes]:
+    """By client, a share of `size` bytes. Raises Rejected where there is not one for each of `clients`."""
+    entries = _entries(_bytes(answer, "shares"), size)
+    if odd := set(clients) ^ entries.keys():
+        raise Rejected(f"its share for client {min(odd)} is missing, or nobody asked for it")
+    return entries
 
 
 def _gives_up(round: int, why: Rejected) -> None:

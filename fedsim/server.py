@@ -26,10 +26,12 @@ from fedsim.observation import SUM, Observation
 from fedsim.records import (
     ARRAYS,
     BUFFERS,
+    MASKED,
     METRICS,
     PACKETS,
     RESTARTED,
     SENDER,
+    VECTOR,
     array_of,
     arrays_of,
     computed_arrays_of,
@@ -209,14 +211,15 @@ class CheckedStrategy(Forwarding):
     """Takes a reply that is no update of this model for a failure of its client, and hands the others on.
 
     Clients may be broken, or mean harm. What is not a number, or so large that its square overflows, would be in all weights after
-    one round. Masked replies are checked by `SecureStrategy`, as far as anybody can.
+    one round. Of a masked reply nobody can tell more than its length.
 
     nodes  node ids in the order of their clients: nobody speaks for another
+    bits   of an entry of the vectors that travel under secure aggregation; None where updates travel plain
     """
 
-    def __init__(self, inner: Strategy, nodes: Sequence[int], buffers: Sequence[str] = ()) -> None:
+    def __init__(self, inner: Strategy, nodes: Sequence[int], buffers: Sequence[str] = (), bits: int | None = None) -> None:
         super().__init__(inner)
-        self.buffers = frozenset(buffers)
+        self.buffers, self.bits = frozenset(buffers), bits
         self._clients = {node: client for client, node in enumerate(nodes)}
         self._like: dict[str, Tensor] = {}
 
@@ -225,17 +228,16 @@ class CheckedStrategy(Forwarding):
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        return super().aggregate_train(server_round, [self._checked(reply, self._with_update) for reply in replies])
+        read = self._with_update if self.bits is None else self._with_vector
+        return super().aggregate_train(server_round, [self._checked(reply, read) for reply in replies])
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        return super().aggregate_evaluate(server_round, [self._checked(reply, self._with_metrics) for reply in replies])
+        return super().aggregate_evaluate(server_round, [self._checked(reply, self._with_scores) for reply in replies])
 
     def _checked(self, reply: Message, read: Callable[[Message], Message]) -> Message:
         client = self._clients.get(reply.metadata.src_node_id)
         if reply.has_error():
             return with_error(reply, f"client {client}: {reply.error.reason}")
-        if is_masked(reply):
-            return reply
         try:
             return read(reply)
         except _Flaw as error:
@@ -246,10 +248,7 @@ class CheckedStrategy(Forwarding):
 
     def _with_update(self, reply: Message) -> Message:
         """The reply with its packets read. Raises _Flaw where something is wrong with it."""
-        content, client = reply.content, self._clients.get(reply.metadata.src_node_id)
-        if (says := record(content, ConfigRecord, SENDER)["client"]) != client:
-            raise _Flaw(f"it says that it comes from client {says!r}")
-        self._with_metrics(reply)
+        content = self._signed(reply, "train-loss").content
         update, statistics = record(content, ArrayRecord, PACKETS), record(content, ArrayRecord, BUFFERS)
         for sent, names in ((update, self._like.keys() - self.buffers), (statistics, self.buffers)):
             if sent.keys() != names:
@@ -267,9 +266,36 @@ class CheckedStrategy(Forwarding):
             _check_values(name, t)
         return with_content(reply, with_packets(content, packets))
 
-    def _with_metrics(self, reply: Message) -> Message:
+    def _with_vector(self, reply: Message) -> Message:
+        """The reply, if it is a masked one. Raises _Flaw where something is wrong with it."""
+        assert self.bits is not None
+        sender: Any = record(self._signed(reply).content, ConfigRecord, SENDER)
+        if sender["bits"] != self.bits or not 0 < sender["scale"] < math.inf:
+            raise _Flaw(f"its entries are of {sender['bits']!r} bits in units of 1 / {sender['scale']!r}")
+        vector = numpy_of(record(reply.content, ArrayRecord, MASKED)[VECTOR])
+        takes = (1 + sum(t.numel() for t in self._like.values())) * self.bits // 8  # the loss is the last entry
+        if vector.dtype != np.uint8 or vector.shape != (takes,):
+            raise _Flaw(f"its vector is {vector.dtype} {vector.shape}, and the model takes {takes} bytes")
+        return reply
+
+    def _with_scores(self, reply: Message) -> Message:
         """The reply. Raises _Flaw where something is wrong with what it reports."""
+        return self._reporting(reply, "accuracy", "loss")
+
+    def _signed(self, reply: Message, *metrics: str) -> Message:
+        """The reply. Raises _Flaw where it speaks for others than its own client, or does not report these metrics."""
+        sender: Any = record(reply.content, ConfigRecord, SENDER)
+        if sender["client"] != self._clients.get(reply.metadata.src_node_id):
+            raise _Flaw(f"it says that it comes from client {sender['client']!r}")
+        if list(sender["summed"]):
+            raise _Flaw(f"it says that it is a sum of clients {sender['summed']!r}")
+        return self._reporting(reply, *metrics)
+
+    def _reporting(self, reply: Message, *names: str) -> Message:
+        """The reply. Raises _Flaw where it does not report its number of examples and `names`: strategies average all replies'."""
         metrics = record(reply.content, MetricRecord, METRICS)
+        if metrics.keys() != {"num-examples", *names}:
+            raise _Flaw(f"its metrics are {sorted(metrics)}")
         examples = metrics["num-examples"]
         if not isinstance(examples, int) or not 1 <= examples <= MOST_EXAMPLES:
             raise _Flaw(f"it claims {examples!r} examples")

@@ -23,6 +23,7 @@ from fedsim import secure_rounds
 from fedsim.engines.inline import Inline, InlineGrid
 from fedsim.errors import FederationError
 from fedsim.observation import SUM
+from fedsim.records import masked_reply_of, reply_of
 from fedsim.run import RunFolder
 from fedsim.secure_aggregation import SEALED
 from fedsim.setup import setup_of
@@ -228,6 +229,66 @@ def test_a_wrong_share_costs_the_round_and_not_the_run(monkeypatch, caplog):
     assert_same(left.weights, left.checkpoints[0].tensors)
 
 
+def short(made: dict[int, bytes]) -> dict[int, bytes]:
+    return {client: data for client, data in made.items() if client != 3}
+
+
+def longer(made: dict[int, bytes]) -> dict[int, bytes]:
+    return {client: data + b"x" for client, data in made.items()}
+
+
+BROKEN = {
+    "speaks for another": ("advertise", lambda out: (out[0], replace(out[1], client=1)), "client 0: it says that it is client 1"),
+    "claims many examples": ("advertise", lambda out: (out[0], replace(out[1], examples=2**60)), f"it claims {2**60} examples"),
+    "no key": ("advertise", lambda out: (out[0], replace(out[1], mask_key=bytes(32))), "advertised a key that gives no secret"),
+    "keeps a share": ("share", lambda out: (out[0], short(out[1])), "its share for client 3 is missing"),
+    "no shares": ("share", lambda out: (out[0], longer(out[1])), "are no table of entries of 60"),
+    "a short vector": ("mask", lambda out: (out[0], out[1][:-1]), "client 0: its vector is uint8"),
+    "reveals a share less": ("reveal", short, "its share for client 3 is missing"),
+    "reveals no shares": ("reveal", longer, "are no table of entries of 16"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_client_that_keeps_to_no_protocol_costs_the_others_nothing(name, monkeypatch, caplog):
+    step, broken, says = BROKEN[name]
+    plain = federate(config(federation=ALL_SEVEN), rounds=1)
+    done = getattr(secure_rounds, step)
+
+    def stepped(first, *rest):
+        mine = first if step == "advertise" else first.client
+        return broken(done(first, *rest)) if mine == 0 else done(first, *rest)
+
+    monkeypatch.setattr(secure_rounds, step, stepped)
+    with caplog.at_level(logging.WARNING, "fedsim"):
+        left = federate(config(federation=ALL_SEVEN, aggregation=SECURE), rounds=1)
+    assert says in caplog.text
+    stayed = set(range(7)) - ({0} if step != "reveal" else set())
+    assert left.seen[-1].clients == tuple(sorted(stayed))
+    assert left.reports[1].failures == 7 - len(stayed)
+    before, after = (left.checkpoints[i].tensors["head.bias"] for i in (0, 1))
+    assert torch.allclose(before - after, mean_step(plain, stayed), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sends", "says"),
+    [
+        (lambda vector, about, n, c: masked_reply_of(vector, about | {"bits": 64}, n, c), "its entries are of 64 bits"),
+        (lambda vector, about, n, c: masked_reply_of(vector, about | {"scale": 0.0}, n, c), "in units of 1 / 0.0"),
+        (lambda vector, about, n, c: masked_reply_of(vector, about, n, 3), "it says that it comes from client 3"),
+        (lambda vector, about, n, c: masked_reply_of(vector, about, -n, c), "it claims -2 examples"),
+        (lambda vector, about, n, c: reply_of({}, {}, n, 1.0, c), "its metrics are ['num-examples', 'train-loss']"),
+    ],
+    ids=["bits", "scale", "another", "examples", "unmasked"],
+)
+def test_a_reply_that_is_no_masked_vector_is_left_out(sends, says, monkeypatch, caplog):
+    monkeypatch.setattr(secure_rounds, "masked_reply_of", lambda *about: (sends if about[-1] == 0 else masked_reply_of)(*about))
+    with caplog.at_level(logging.WARNING, "fedsim"):
+        left = federate(config(federation=ALL_SEVEN, aggregation=SECURE), rounds=1)
+    assert says in caplog.text
+    assert left.seen[-1].clients == (1, 2, 3, 4, 5, 6)
+
+
 # Clients do not let go ------------------------------------------------------------------------------------------------------------
 
 
@@ -247,10 +308,10 @@ def test_a_client_of_a_masked_federation_sends_no_plain_update(monkeypatch):
 def test_a_client_reveals_shares_once(monkeypatch, caplog):
     ask = secure_rounds.SecureStrategy._ask
 
-    def twice(strategy, round, step, contents):
+    def twice(strategy, round, step, *about):
         if step == "reveal":
-            ask(strategy, round, step, contents)
-        return ask(strategy, round, step, contents)
+            ask(strategy, round, step, *about)
+        return ask(strategy, round, step, *about)
 
     monkeypatch.setattr(secure_rounds.SecureStrategy, "_ask", twice)
     with caplog.at_level(logging.WARNING, "fedsim"):

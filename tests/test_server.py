@@ -20,7 +20,7 @@ from worlds import FEDAVG, FEDSGD, FLOWER, NORMED, TOPK_EF, History, assert_same
 from fedsim import client
 from fedsim.federation import Checkpoint, Evaluation
 from fedsim.observation import Observation
-from fedsim.records import METRICS, PACKETS, array_of, reply_of
+from fedsim.records import METRICS, PACKETS, array_of, masked_reply_of, reply_of
 from fedsim.server import restore_strategy, strategy_state
 from fedsim.setup import build
 from fedsim.wire import nbytes, pack, to_bytes
@@ -264,6 +264,15 @@ def pickled(*about: Any) -> RecordDict:
     return made
 
 
+def edited(change: Callable[[Any], object]) -> Callable[..., RecordDict]:
+    def made(*about: Any) -> RecordDict:
+        reply = reply_of(*about)
+        change(reply[METRICS])
+        return reply
+
+    return made
+
+
 class Evil:
     """What ends the process where it is unpickled."""
 
@@ -291,6 +300,13 @@ FLAWS: dict[str, tuple[Callable[..., RecordDict], str]] = {
     "too many": (lambda p, b, n, *about: reply_of(p, b, 10**12, *about), "it claims 1000000000000 examples"),
     "loss": (lambda p, b, n, loss, c: reply_of(p, b, n, math.inf, c), "train-loss is inf"),
     "another": (lambda p, b, n, loss, c: reply_of(p, b, n, loss, 3), "it says that it comes from client 3"),
+    "a sum": (lambda p, b, n, loss, c: reply_of(p, b, n, loss, c, [0, 1]), "it says that it is a sum of clients [0, 1]"),
+    "masked": (
+        lambda p, b, n, loss, c: masked_reply_of(bytes(4), {}, n, c),
+        "its metrics are ['num-examples']",
+    ),
+    "no loss": (edited(lambda metrics: metrics.pop("train-loss")), "its metrics are ['num-examples']"),
+    "another metric": (edited(lambda metrics: metrics.update({"x": 1})), "its metrics are ['num-examples', 'train-loss', 'x']"),
     "nothing": (lambda *about: RecordDict(), "it cannot be read: KeyError"),
     "no packets": (without(PACKETS), "it cannot be read: KeyError"),
     "no metrics": (without(METRICS), "it cannot be read: KeyError"),
