@@ -254,6 +254,10 @@ class Partial:
         sent, state = self.inner(self._chosen(packets), state, rng)
         return {name: sent.get(name, packet) for name, packet in packets.items()}, state
 
+    @property
+    def rescales(self) -> bool:
+        return Chain((self.inner,)).rescales
+
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
         chosen = self._chosen(beliefs)
         if isinstance(self.inner, Explained):

@@ -25,6 +25,9 @@ class Soteria(Untouched):
     A feature r of the layer's input is pruned when |r| / ||dr/dX|| is among the `share` largest, the paper's choice for the l0
     norm; over a batch, as in the authors' code, when the sum of the inverse is among the smallest. All other entries are those of
     the true gradient: an attacker who leaves that layer out of his gap loses little. One backward pass for each feature and step.
+
+    An attacker who knows it is told so much of FedSGD. Over several local steps the pruned ones lead elsewhere, and he who imitates
+    the training imitates it unpruned: what such runs measure is an attacker who could do better.
     """
 
     share: float
@@ -50,7 +53,7 @@ class Soteria(Untouched):
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
         """Nothing is known of columns that may be all zero in the last matrix; everything else is as it was.
 
-        Weight decay hides them: what they hold is taken for what they were.
+        Of the gradient of one step, without weight decay, which hides the zeros: what then stands there is taken for what it was.
         """
         matrices = [name for name, belief in beliefs.items() if belief.value.dim() == 2]
         if not matrices:
@@ -116,7 +119,8 @@ class OutPost(Untouched):
     and N(0, (noise * risk)^2) is added to those that are among the `protect` largest of all by their Fisher information.
 
     That information is taken as the squared gradient of the batch, as in the authors' code, not the mean of examples' squares.
-    The authors' chance already decays at the first step, and their noise has one seed for all.
+    Their code then averages it over each tensor's first dimension, so that a convolution's outputs are protected all or none; here
+    each entry has its own, as in the paper. Their chance already decays at the first step, and their noise has one seed for all.
     """
 
     noise: float = 0.8

@@ -141,9 +141,13 @@ class DPFedAvg:
 
     def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
         std = _noise(self)
-        clipped = unpack(Clip(self.clip)(packets, {}, rng)[0])
+        shortened, _ = Clip(self.clip)(packets, {}, rng)
+        clipped = unpack(shortened)
         if not all(t.isfinite().all() for t in clipped.values()):  # which no noise would hide
             clipped = {name: torch.zeros_like(t) for name, t in clipped.items()}
+            shortened = pack(clipped)
+        if not std:
+            return shortened, state
         noisy = {name: t + std * torch.randn(t.shape, generator=rng).to(t.device) for name, t in clipped.items()}
         return pack(noisy), state
 

@@ -203,7 +203,8 @@ class DeepGradientCompression:
 
     Its own error feedback: u = momentum u + update and v = v + u are kept, and set to 0 where v is sent (momentum correction, local
     accumulation, momentum factor masking). No momentum may be used on the server or in local steps besides. An attacker who sees a
-    message sees several rounds' updates in it, so it has no bounds on one.
+    message sees several rounds' updates in it, so it has no bounds on one, but of a client's first message, and of entries that the
+    message before sent as well.
 
     clip     l2 norm that an update is scaled down to before it is added: of N clients, the paper's threshold / sqrt(N)
     warmup   rounds (those the client took part in) until `ratio` is reached, from 25 % down by an equal factor for 0.001 and 4
@@ -249,3 +250,20 @@ class DeepGradientCompression:
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
         missing = {name: ~packets[name].sent() for name in beliefs}
         return {name: _dropped(b.unbounded(~missing[name]), missing[name], math.inf) for name, b in beliefs.items()}
+
+    def explain_after(self, packets: Packets, beliefs: Mapping[str, Belief], before: Packets) -> Beliefs:
+        """Of entries of which nothing was kept, what top-k leaves possible: the update alone was sent, or was too small to be."""
+        told = self.explain(packets, beliefs)
+        if self.clip is not None:
+            return told
+        alone = TopK(self.ratio).explain(packets, beliefs)
+        empty = {name: before[name].sent() if before else torch.ones_like(b.value, dtype=torch.bool) for name, b in told.items()}
+        return {
+            name: Belief(
+                b.value,
+                torch.where(empty[name], alone[name].low, b.low),
+                torch.where(empty[name], alone[name].high, b.high),
+                torch.where(empty[name], alone[name].weight, b.weight),
+            )
+            for name, b in told.items()
+        }

@@ -27,6 +27,7 @@ LOOKS = {
     "warn": "look for a malicious server's traps, and warn",
     "refuse": "look for a malicious server's traps, and send nothing where they find one",
 }
+SCORES = "accuracy and loss on all its own examples (evaluate.clients)"
 GUESS = 0.1  # success of an attacker who sees nothing, for which the bound on reconstruction is told
 LONELY = "none: the defense mixes the images of a batch, and a batch has one; federation.batch_size=4"
 SPEAR_BATCH = 16  # what it recovers within seconds on 200 hidden units
@@ -53,6 +54,7 @@ def card(setup: Setup, tap: Tap, attack: str, defense: str, told: Sequence[bool]
             + ("the gradient of one batch" if one_gradient else "weights moved"),
         ),
         *([("sum", _sum(setup, setup.aggregation))] if isinstance(setup.aggregation, Secure) else []),
+        *([("scores", f"seen, unprotected: each client's {SCORES}, every round")] if _scored(setup) else []),
         ("labels", "not told"),
         ("other images", f"{len(setup.dataset.test)} test {_examples(setup)}, no client's, for attacks that use any: gias"),
         (
@@ -85,6 +87,7 @@ def _proved(setup: Setup, batch_norm: bool) -> list[tuple[str, str]]:
     quoted = max(quoted_epsilon(z, releases, proved.delta, rate) for releases, rate in every)
     bound = reconstruction_bound(GUESS, z, proved.releases)
     beside = "the reported training loss and number of examples" + (", BatchNorm statistics" if batch_norm else "")
+    beside += f", each client's {SCORES}" if _scored(setup) else ""
     beside += "; a server that draws the noise again from the run's seed, which it knows"
     return [
         (
@@ -95,6 +98,10 @@ def _proved(setup: Setup, batch_norm: bool) -> list[tuple[str, str]]:
         ("reconstruction", f"an attacker who guesses right with {GUESS:.0%} succeeds with {bound:.1%} at most"),
         ("not covered", beside),
     ]
+
+
+def _scored(setup: Setup) -> bool:
+    return bool(setup.config.get("evaluate", {}).get("clients"))
 
 
 def defended(setup: Setup) -> bool:

@@ -59,8 +59,9 @@ class Secure:
     """Updates are masked, and the server sees their sum (Bonawitz et al. 2017, against an honest-but-curious server).
 
     Each update is weighted by its client's share of the round's examples, so the sum is FedAvg's mean. The sum of fixed-point
-    entries is exact, and rounding them moves an entry of the mean of n clients by n / 2**(fraction_bits + 1) at most: by less than
-    2**-16 for n < 512. Dense vectors travel, `bits` an entry, whatever the defense left out, and 260 n**2 bytes of keys and shares.
+    entries is exact, and rounding them moves an entry of the mean of n clients by n / 2**(fraction_bits + 1) at most: by less
+    than 2**-16 for n < 512. Where clients vanish, it is so much times all examples over those of the clients that stayed. Dense
+    vectors travel, `bits` an entry, whatever the defense left out, and 260 n**2 bytes of keys and shares.
 
     The server still learns who answers, and each client's number of examples. Against one that does not follow the protocol, or
     that chooses the model to steal, this is no protection: see docs/secure-aggregation.md.
@@ -97,7 +98,7 @@ class Secure:
 
     def needed(self, clients: int) -> int:
         """t of n = `clients`: more than the threshold's share, and never more than all."""
-        return min(clients, int(self.threshold * clients) + 1)
+        return min(clients, int(self.threshold * clients + 1e-9) + 1)  # 0.58 * 50 is 28.999999999999996
 
     def session(self, run: int, round: int) -> bytes:
         """The name of a round of a run; of all runs the same with `seeded`, since keys are made with it."""

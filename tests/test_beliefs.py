@@ -48,7 +48,7 @@ PARTS = [
     *(FixedPoint(16, 10), FloatFormat("fp16"), FloatFormat("bf16"), FloatFormat("fp8_e4m3"), FloatFormat("fp8_e5m2"), Int8()),
     *(Int8(scaled=False), TopK(0.05), TopK(0.5), TopK(0.3, "global"), RandomK(0.3), RandomK(0.8, scaled=False), Threshold(0.0)),
     *(Threshold(0.5), Pruning(0.3, "entries"), Pruning(0.6, "tensors"), Pruning(0.0, "literal"), NoDefense()),
-    *(Clip(0.1), Clip(3.0), Clip(1e6), DPFedAvg(1.0, noise_multiplier=0.1)),
+    *(Clip(0.1), Clip(3.0), Clip(1e6), DPFedAvg(1.0, noise_multiplier=0.1), DPFedAvg(1e6, noise_multiplier=0.0)),
     *(GaussianNoise(std=0.0), PowerSGD(1), DeepGradientCompression(0.1), ErrorFeedback(TopK(0.3))),
 ]
 SHAPES: list[tuple[int, ...]] = [(), (1,), (3,), (41,), (31, 7), (5, 3, 2, 2)]
@@ -294,6 +294,7 @@ FOLLOWED = [
     *(ErrorFeedback(part) for part in (Threshold(0.5), LogQuantization(), FloatFormat("fp8_e4m3"), SignSGD(), RandomK(0.5))),
     ErrorFeedback(Chain((TopK(0.5), UniformQuantization(8)))),
     ErrorFeedback(NoDefense()),
+    *(DeepGradientCompression(0.3, momentum=m, clip=clip) for m, clip in ((0.0, None), (0.9, None), (0.9, 1.0))),
 ]
 
 
@@ -327,6 +328,23 @@ def test_what_top_k_sent_twice_in_a_row_is_known():
     smallest = before["x"].dense()[before["x"].sent()].abs().min()
     assert torch.allclose((belief.high - belief.low)[once], (2 * smallest).expand(int(once.sum())))
     assert not bool(belief.weight[once].any())
+
+
+def test_a_first_message_of_deep_gradient_compression_tells_what_top_k_tells_and_later_ones_of_what_is_sent_again():
+    defense, rng = DeepGradientCompression(0.5, momentum=0.9, warmup=0), generator(0, "updates")
+    first, second = ({"x": torch.randn(101, generator=rng)} for _ in range(2))
+    before, state = defense(pack(first), defense.init(first), rng)
+    now, top_k = beliefs_of(before, defense, {})["x"], beliefs_of(before, TopK(0.5))["x"]
+    for part in ("value", "low", "high", "weight"):
+        assert torch.equal(getattr(now, part), getattr(top_k, part))
+    packets, _ = defense(pack(second), state, rng)
+    belief, sent, again = beliefs_of(packets, defense, before)["x"], packets["x"].sent(), before["x"].sent()
+    assert 10 < int((sent & again).sum()) < 51
+    for told in (belief.value, belief.low, belief.high):
+        assert torch.equal(told[sent & again], second["x"][sent & again])
+    assert float(belief.high[~sent & again].max()) == packets["x"].values.abs().min()
+    assert bool(belief.high[~again].isinf().all())
+    assert torch.equal(belief.weight, sent.float())
 
 
 UNBIASED = [

@@ -58,6 +58,16 @@ def test_the_card_tells_one_gradient_from_local_training():
     assert local["taps"] == "every 5 rounds, clients [0, 2]"
 
 
+def test_what_clients_say_of_their_own_images_is_on_the_card():
+    scored = [*SMALL, "evaluate.clients=true"]
+    assert "scores" not in dict(card(setup_of(compose(SMALL)), Tap(), "dlg", "none"))
+    assert dict(card(setup_of(compose(scored)), Tap(), "dlg", "none"))["scores"].startswith(
+        "seen, unprotected: each client's accuracy"
+    )
+    private = dict(card(setup_of(compose([*scored, "defense=dpsgd", "rounds=1"])), Tap(), "dlg", "dpsgd"))
+    assert "each client's accuracy and loss on all its own examples" in private["not covered"]
+
+
 def test_shards_of_different_size_are_told_as_a_range():
     config = compose([*SMALL, *LOCAL, "partition=size_skewed"])
     # 60 images in proportion 1 : 2 : 3, the last client taking what rounding leaves: 10, 20, 30, and 8 steps of 4.

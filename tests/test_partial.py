@@ -5,7 +5,19 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from defenses import DPSGD, Chain, ErrorFeedback, GaussianNoise, MixUp, NoDefense, Partial, Soteria, StochasticQuantization, TopK
+from defenses import (
+    DPSGD,
+    Chain,
+    ErrorFeedback,
+    GaussianNoise,
+    MixUp,
+    NoDefense,
+    Partial,
+    SignSGD,
+    Soteria,
+    StochasticQuantization,
+    TopK,
+)
 from fedsim.defense import beliefs_of
 from fedsim.seeding import generator
 from fedsim.updates import Update
@@ -74,3 +86,8 @@ def test_a_partial_defense_that_names_nothing_is_an_error_and_not_no_defense():
 def test_what_acts_while_the_client_trains_cannot_be_partial(inner):
     with pytest.raises(ValueError, match="acts on all tensors while the client trains"):
         Partial(inner, ["features."])
+
+
+def test_a_partial_defense_hides_the_length_where_what_it_wraps_does():
+    assert Partial(SignSGD(scaled=False), ["features."]).rescales == SignSGD(scaled=False).rescales is True
+    assert not Partial(TopK(0.1), ["features."]).rescales

@@ -236,7 +236,8 @@ def test_a_round_with_too_few_clients_ends_at_each_step():
 
 
 @pytest.mark.parametrize(
-    ("clients", "threshold", "needed"), [(1, 0.5, 1), (2, 0.5, 2), (5, 0.5, 3), (10, 0.5, 6), (10, 0.7, 8), (10, 1, 10)]
+    ("clients", "threshold", "needed"),
+    [(1, 0.5, 1), (2, 0.5, 2), (5, 0.5, 3), (10, 0.5, 6), (10, 0.7, 8), (10, 1, 10), (50, 0.58, 30)],
 )
 def test_more_than_the_threshold_s_share_is_needed_and_never_more_than_all(clients, threshold, needed):
     assert Secure(threshold=threshold).needed(clients) == needed
