@@ -34,10 +34,13 @@ SPEAR_BATCH = 16  # what it recovers within seconds on 200 hidden units
 SPAN_BATCH = 4  # what `SpanCheck` was seen to put together
 
 
-def card(setup: Setup, tap: Tap, attack: str, defense: str, told: Sequence[bool] = (False,)) -> list[tuple[str, str]]:
+def card(
+    setup: Setup, tap: Tap, attack: str, defense: str, told: Sequence[bool] = (False,), *, given: bool = False
+) -> list[tuple[str, str]]:
     """Lines (what, what the eavesdropper on the server knows of it).
 
-    told  for each of the run's attackers, whether it is told the defense
+    told   for each of the run's attackers, whether it is told the defense
+    given  whether the attack is told the labels
     """
     protocol, model = setup.protocol, setup.model()
     steps = _steps(setup)
@@ -55,7 +58,7 @@ def card(setup: Setup, tap: Tap, attack: str, defense: str, told: Sequence[bool]
         ),
         *([("sum", _sum(setup, setup.aggregation))] if isinstance(setup.aggregation, Secure) else []),
         *([("scores", f"seen, unprotected: each client's {SCORES}, every round")] if _scored(setup) else []),
-        ("labels", "not told"),
+        ("labels", "told: the true ones" if given else "not told"),
         ("other images", f"{len(setup.dataset.test)} test {_examples(setup)}, no client's, for attacks that use any: gias"),
         (
             "batch size",

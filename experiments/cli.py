@@ -344,7 +344,7 @@ def _attack(arguments: argparse.Namespace) -> int:
         if len(folders) > 1 and (lacking := runner.nothing_to_attack(folder)):
             print(f"left out: {lacking}", file=sys.stderr)
             continue
-        runner.attack_again(folder, attack, named(name, config["attack"], own), config["attacker"])
+        runner.attack_again(folder, attack, named(name, config["attack"], own), config["attacker"], (config["attack"], overrides))
         kept.append(folder)
     if not kept:
         raise ValueError(f"{arguments.run}: no run in it has captured anything to attack")

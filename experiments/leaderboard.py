@@ -35,8 +35,8 @@ GROUPS = (
 RULES = f"""\
 How to read it. A defense is ranked by the share that its **strongest** attacker stole: the one, of all that were tried, naive and
 adaptive, who stole the largest share (of two that stole as much, who came closer). "Stolen" has the 95 % Wilson interval of that
-share; ranks whose intervals overlap are not shown to differ. An attack that did not converge counts as no theft, which is not the
-same as protection.
+share; ranks whose intervals overlap are not shown to differ. An attack that did not converge counts as no theft here, which is not
+the same as protection.
 
 Only defenses that cost as much accuracy are ranked against each other. The loss is that against `none` under the same conditions,
 paired by seed, of the mean of the last {LAST} evaluations; its 90 % t-interval is in the column "against none", in points.
@@ -46,9 +46,10 @@ other half holds as well, that no more than {NEAR} points are gained. Each test 
 number of defenses. Runs that did not come to their end are counted nowhere, and named: a defense under which training breaks down
 is no better for it.
 
-"Protects only against the naive attacker": of the victims that the naive attacker stole without a defense he got fewer, and the
-adaptive one, who knows the defense, was not shown to get fewer of those that he stole without (exact sign tests, one-sided, 5 %).
-"Naive" is what the naive attacker stole.
+"Fewer thefts": of the victims that an attacker stole without a defense, the same attacker got fewer behind it; whom a search of the
+adaptive attacker did not end on counts as perhaps stolen, and where only that stands against it, the row is "undecided". "Protects
+only against the naive attacker": he got fewer, the adaptive one, who knows the defense, was not shown to, and he got more than the
+naive one behind the same defense (exact sign tests, one-sided, 5 %). "Naive" is what the naive attacker stole.
 """
 
 
@@ -143,9 +144,14 @@ def _notes(told: Summary) -> list[str]:
 def _setting(config: dict[str, Any]) -> str:
     """What the defenses of a table were tried on, in a line."""
     chosen, federation = config["choices"], config["federation"]
+    unusual = [
+        f"{group}={chosen[group]}"
+        for group, usually in (("server", "honest"), ("aggregation", "plain"))
+        if chosen.get(group, usually) != usually
+    ]
     clients = f"{federation['per_round']} of {federation['clients']} clients a round, batches of {federation['batch_size']}"
     what = ", ".join(chosen[group] for group in ("data", "model", "federation"))
-    return f"{what}, {clients}, {chosen['partition']}, {config['rounds']} rounds"
+    return ", ".join([what, clients, chosen["partition"], f"{config['rounds']} rounds", *unusual])
 
 
 def _made_with(folders: Sequence[RunFolder]) -> list[str]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from experiments.config import Config, compose, key_of
 
+NO_MATTER = ("engine", "device", "evaluate", "tracker", "name", "out", "setting")  # what changes no result
+
 
 def label(config: Config, group: str = "defense") -> str:
     """A short name of a choice with the settings that matter: `topk ratio=0.1`; of a defense, with what stands in the model."""
@@ -36,14 +38,16 @@ def contender(config: Config) -> str:
 
 def contenders(configs: Sequence[Config]) -> list[str]:
     """What each of these runs is called among them: its `contender`, and the settings by which runs of one contender differ, as in
-    `none, model=lenet side=16`; those of the attack, where runs of one attack do. Seeds, taps and attackers tell nobody apart, nor
-    does what changes no result.
+    `none, model=lenet side=16`; those of the attack, where runs of one attack do; and what they were trained under, where not all
+    were under the same. Seeds, taps and attackers tell nobody apart, nor does what changes no result.
     """
     plain, found = [contender(config) for config in configs], [_settings(config) for config in configs]
     alike: dict[tuple[str, str | None], list[dict[str, str]]] = {}
     for name, config, settings in zip(plain, configs, found, strict=True):
         inside = {key: value for key, value in settings.items() if key.startswith("attack")}
-        alike.setdefault((name, None), []).append({key: value for key, value in settings.items() if key not in inside})
+        trained = {key: value for key, value in settings.items() if key not in inside}
+        alike.setdefault((name, None), []).append(trained)
+        alike.setdefault(("", None), []).append(trained)
         alike.setdefault((name, config["choices"].get("attack")), []).append(inside)
     varied: dict[str, None] = {}
     for several in alike.values():
@@ -60,11 +64,7 @@ def contenders(configs: Sequence[Config]) -> list[str]:
 
 def _settings(config: Config) -> dict[str, str]:
     """The values that tell contenders of one name apart, by their paths: the choices first."""
-    of_contender, no_matter = (
-        ("defense", "server", "aggregation"),
-        ("engine", "device", "evaluate", "tracker", "name", "out", "setting"),
-    )
-    left_out = (*of_contender, *no_matter, "choices", "seed", "attacker", "tap")
+    left_out = ("defense", "server", "aggregation", *NO_MATTER, "choices", "seed", "attacker", "tap")
     chosen = {
         group: str(name) for group, name in config["choices"].items() if group not in (*left_out, "attack", "model/bottleneck")
     }
@@ -112,15 +112,18 @@ def without_defense(config: Config) -> bool:
 
 
 def conditions(config: Config) -> str:
-    """What a defense was tried under: the settings, without those that defend, attack, track or name a run, and without the seed.
+    """What a defense was tried under: the settings, without those that defend, attack or listen, without the seed, and without
+    what changes no result.
 
-    Runs with the same conditions and seed differ in accuracy by their defense alone.
+    Runs with the same conditions and seed differ in what they learn by their defense alone.
     """
     # What was chosen, the settings say as well.
-    left_out = ("defense", "attack", "attacker", "tap", "tracker", "seed", "name", "out", "choices")
+    left_out = ("defense", "attack", "attacker", "tap", "seed", "choices", *NO_MATTER)
     kept = {key: value for key, value in config.items() if key not in left_out}
-    model = {key: value for key, value in config["model"].items() if key != "bottleneck"}
-    return json.dumps(kept | {"model": model}, sort_keys=True)
+    model, data = (
+        {k: v for k, v in config[group].items() if k != but} for group, but in (("model", "bottleneck"), ("data", "root"))
+    )
+    return json.dumps(kept | {"model": model, "data": data}, sort_keys=True)
 
 
 def cell_names(configs: Sequence[Config], overrides: Sequence[Sequence[str]] = ()) -> list[str]:

@@ -38,6 +38,7 @@ from fedsim.observation import SUM
 from fedsim.run import RunFolder
 
 TRIVIAL = {"grey": "a grey card", "mean_image": "the mean image", "mean_colour": "its mean colour"}  # what knowing nothing makes
+VICTIM = ("under", "seed", "seen", "round", "client", "image")  # who a victim is; seeds decide who is attacked
 KNOWING = ", adaptive"  # ends the label of an attacker who knows the defense
 MEDIAN, WORST = "#0072B2", "#D55E00"
 ATTACKERS = (  # in figures with a row for each defense: name, what it says, colour, marker, place beside the row's middle
@@ -84,13 +85,16 @@ def draw(folders: Sequence[RunFolder], out: Path, formats: Sequence[str] = ("png
 
 def tables(folders: Sequence[RunFolder]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rounds and leaks of all runs, with the columns `run`, `seed` and `defense`: what a run is called among these; of a leak, see
-    `_leaks_of`."""
+    `_leaks_of`, and `under`: the conditions."""
     rounds, leaks = [], []
     for folder, name in _named(folders):
         about = {"run": str(folder.path), "defense": name, "seed": folder.config["seed"]}
         rounds.append(folder.rounds().assign(**about))
-        leaks.append(_leaks_of(folder, name).assign(run=about["run"], seed=about["seed"]))
-    return _joined(rounds, ["accuracy", "defense", "run", "round"]).astype({"accuracy": float}), _joined(leaks, [])
+        leaks.append(_leaks_of(folder, name).assign(run=about["run"], seed=about["seed"], under=conditions(folder.config)))
+    every = _joined(leaks, [])
+    # A victim whom runs alike in all that matters have both attacked alike is one.
+    once = every.drop_duplicates([*VICTIM, "defense", "attack", "how", "attacker"], ignore_index=True) if len(every) else every
+    return _joined(rounds, ["accuracy", "defense", "run", "round"]).astype({"accuracy": float}), once
 
 
 def _named(folders: Sequence[RunFolder]) -> list[tuple[RunFolder, str]]:
@@ -101,19 +105,35 @@ def _leaks_of(folder: RunFolder, name: str) -> pd.DataFrame:
     """The leaks of a run of this name, with a label for each kind of victim and attacker.
 
     Where updates are masked, those of masked ones and of sums have labels of their own, and so have those of an attacker who knew
-    the defense, which come last. `attack` is then the method both used, and `made_by` names its reconstructions.
+    the defense, which come last. `attack` is then the method both used, `how` its settings, and `made_by` names what it made. What
+    is no number is as far off as can be, and has 0 dB.
     """
     leaks = folder.leaks()
     if not len(leaks):
         return leaks
+    if "psnr_db" in leaks:
+        leaks = leaks.fillna({"psnr_db": 0.0})
+    how = {name: json.dumps(_without_record(attack_of(folder, name)), sort_keys=True) for name in leaks["attack"].unique()}
     seen = leaks["seen"] if "seen" in leaks else pd.Series("update", leaks.index)  # tables of earlier versions
     method = leaks["attack"].str.removesuffix(ADAPTIVE)
     labels = [
         (name if what == "update" else f"{name}: {what}") + (KNOWING if adaptive else "")
         for what, adaptive in zip(seen, leaks["attacker"] == "adaptive", strict=True)
     ]
-    told = leaks.assign(seen=seen, defense=labels, made_by=leaks["attack"], attack=method)
+    told = leaks.assign(seen=seen, defense=labels, made_by=leaks["attack"], attack=method, how=leaks["attack"].map(how))
     return told.sort_values("attacker", ascending=False, kind="stable")
+
+
+def attack_of(folder: RunFolder, made_by: str) -> dict[str, Any] | None:
+    """The settings of the attack that made these reconstructions; None where an earlier version did not write them down."""
+    later, config = folder.attacks_made(), folder.config
+    if made_by in later:
+        return dict(later[made_by]["attack"])
+    return config["attack"] if made_by.removesuffix(ADAPTIVE) == config["choices"]["attack"] else None
+
+
+def _without_record(attack: dict[str, Any] | None) -> dict[str, Any] | None:
+    return attack and {key: value for key, value in attack.items() if key != "record"}
 
 
 def of_text(folders: Sequence[RunFolder]) -> bool:
@@ -141,7 +161,7 @@ def against_none(folders: Sequence[RunFolder], rounds: pd.DataFrame) -> dict[str
         of, config = rounds[rounds["run"] == str(folder.path)].sort_values("round"), folder.config
         tested = of[of["round"] > 0].dropna(subset="accuracy")  # round 0 is the untrained model
         if len(tested) and of["round"].iloc[-1] == config["rounds"]:  # one that was stopped has learned less
-            under = conditions(config)
+            under = conditions(config) + json.dumps(config.get("evaluate"))  # which decides what is averaged
             ends = none[under] if without_defense(config) else others[of["defense"].iloc[0], under]
             # Runs that differ in their attack only have learned the same, and are one.
             ends[config["seed"]] = float(tested["accuracy"].tail(LAST).mean())
@@ -262,7 +282,8 @@ def _proof(rounds: pd.DataFrame) -> tuple[str, str]:
     if last["epsilon"].isna().any():
         return "", ""
     worst = last.sort_values("epsilon").iloc[-1]
-    return f"{worst['epsilon']:.3g} at {worst['delta']:g}", f"<= {worst['reconstruction_bound']:.0%}"
+    bound = math.ceil(100 * worst["reconstruction_bound"]) / 100  # never below what is proved
+    return f"{worst['epsilon']:.3g} at {worst['delta']:g}", f"<= {bound:.0%}"
 
 
 def _found(folders: Sequence[RunFolder]) -> str | None:
@@ -318,10 +339,10 @@ def _band(axes: Axes, table: pd.DataFrame, x: str, y: str, name: str, index: int
     """The mean over runs as a line, their range as a band; markers thinned to about ten."""
     by = table.dropna(subset=y).groupby(x)[y]
     mean, low, high = by.mean(), by.min(), by.max()
-    runs = table["run"].nunique()
-    seeds = f" ({runs} seeds)" if runs > 1 else ""
-    axes.plot(mean.index, mean, label=name + seeds, markersize=5, markevery=max(1, len(mean) // 10), **_look(index))
-    if runs > 1:
+    seeds = table["seed"].nunique()
+    told = f" ({seeds} seeds)" if seeds > 1 else ""
+    axes.plot(mean.index, mean, label=name + told, markersize=5, markevery=max(1, len(mean) // 10), **_look(index))
+    if seeds > 1:
         axes.fill_between(mean.index, low, high, color=COLOURS[index % len(COLOURS)], alpha=0.15, linewidth=0)
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,25 @@ from attacks.metrics import BARS, Rate, success_rates
 from experiments import claims
 from experiments.card import GUESS, card, obstacles
 from experiments.config import GROUPS, Config, ConfigError, compose
-from experiments.naming import conditions, contender, contenders, label, leaves, without_defense
+from experiments.naming import contender, contenders, label, leaves, without_defense
 from experiments.pictures import moments
-from experiments.plots import IMAGES, KNOWING, PERFECT, TEXTS, TRIVIAL, Summary, furthest, of_text, sender, summarised, tables
+from experiments.plots import (
+    IMAGES,
+    KNOWING,
+    PERFECT,
+    TEXTS,
+    TRIVIAL,
+    VICTIM,
+    Summary,
+    attack_of,
+    furthest,
+    of_text,
+    sender,
+    summarised,
+    tables,
+)
 from experiments.progress import size
-from experiments.scoring import STOLEN_MSE, STOLEN_TOKENS
+from experiments.scoring import ADAPTIVE, STOLEN_MSE, STOLEN_TOKENS, is_told_labels
 from experiments.statistics import LEVEL
 from experiments.study import ABOUT, distinct
 from fedsim.files import read_json, write_bytes
@@ -75,8 +89,11 @@ def rendered(data: Row) -> str:
 def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -> Row:
     """All that the page shows, as plain values. Raises ValueError where nothing was attacked."""
     verdicts, folders = _of_studies(folders), distinct(folders)
+    unbegun = [folder for folder in folders if not len(folder.rounds())]
+    folders = [folder for folder in folders if folder not in unbegun]
     rounds, leaks = tables(folders)
-    where = ", ".join(str(folder.path) for folder in folders[:3]) + ", …" * (len(folders) > 3)
+    some = folders or unbegun
+    where = ", ".join(str(folder.path) for folder in some[:3]) + ", …" * (len(some) > 3)
     if not len(rounds):
         raise ValueError(f"{where}: no round is finished yet")
     if not len(leaks):
@@ -84,9 +101,10 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
     text, configs = of_text(folders), {str(folder.path): folder.config for folder in folders}
     leaks, ranking = ranked(folders, leaks)
     grouped = _by_contender(folders)
-    contenders = [_contender(name, of, rounds) for name, of in grouped.items()]
+    places = {str(folder.path): place for place, folder in enumerate(folders)}
+    contenders = [_contender(name, of, rounds, leaks, places) for name, of in grouped.items()]
     points = []
-    album = _Album({str(folder.path): folder for folder in folders}, text, blur)
+    album = _Album({str(folder.path): folder for folder in folders}, places, text, blur)
     for (kind, attack), of in leaks.groupby(["kind", "attack"], sort=False):
         points += _points(str(kind), str(attack), of, rounds, album)
     gallery = [
@@ -94,7 +112,7 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
         for (kind, attack), of in leaks.groupby(["kind", "attack"], sort=False)
     ]
     shown = TEXTS if text else IMAGES
-    first = folders[0].config
+    tested = dict.fromkeys(config["choices"]["data"] for config in configs.values())
     data = ", ".join(dict.fromkeys(f"{c['choices']['data']} with {c['choices']['model']}" for c in configs.values()))
     page = {
         "title": f"fedsim: {data}",
@@ -102,7 +120,7 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
         "blurred": blur,
         "command": command,
         "pictures": PICTURES,
-        "words": _in_words(folders, contenders, ranking, leaks, data, text),
+        "words": _in_words(folders, unbegun, contenders, ranking, leaks, data, text),
         "score": {
             "name": "in place" if text else "PSNR",
             "axis": shown.axis,
@@ -126,7 +144,7 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
         "images": album.images,
         "films": album.films,
         "left_out": album.left_out,
-        "test": f"{first['choices']['data']} test set",
+        "test": f"test set of {', '.join(tested)}",
     }
     album.fill(MOST - len(rendered(page).encode()))
     return page
@@ -157,11 +175,8 @@ def ranked(folders: Sequence[RunFolder], leaks: pd.DataFrame) -> tuple[pd.DataFr
     leaks = leaks.assign(
         kind=leaks["defense"].str.removesuffix(KNOWING),
         contender=leaks["run"].map(dict(zip(configs, contenders(list(configs.values())), strict=True))),
-        under=leaks["run"].map(lambda run: conditions(configs[run])),
         bare=leaks["run"].map(lambda run: without_defense(configs[run])),
-        score=leaks["token_accuracy"]
-        if of_text(folders)
-        else leaks["psnr_db"].clip(upper=PERFECT).fillna(0.0),  # what is no number is as far off as can be
+        score=leaks["token_accuracy"] if of_text(folders) else leaks["psnr_db"].clip(upper=PERFECT),
     )
     lines = [
         _ranked(str(kind), str(attack), of, leaks[leaks["attack"] == attack])
@@ -177,7 +192,9 @@ def _by_contender(folders: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
     return found
 
 
-def _contender(name: str, folders: Sequence[RunFolder], rounds: pd.DataFrame) -> Row:
+def _contender(
+    name: str, folders: Sequence[RunFolder], rounds: pd.DataFrame, leaks: pd.DataFrame, places: Mapping[str, int]
+) -> Row:
     """What training under a defense cost, what is proved of it, and how to do it again."""
     of = rounds[rounds["run"].isin([str(folder.path) for folder in folders])].sort_values("round")
     tested = of.dropna(subset="accuracy")
@@ -189,6 +206,7 @@ def _contender(name: str, folders: Sequence[RunFolder], rounds: pd.DataFrame) ->
     ]
     last = of.groupby("run").last()
     config = folders[0].config
+    tried = _tried(folders, leaks)
     return {
         "name": name,
         "accuracy": _number(ends.mean()),
@@ -200,9 +218,10 @@ def _contender(name: str, folders: Sequence[RunFolder], rounds: pd.DataFrame) ->
         "proof": _proof(last) if "epsilon" in last and np.isfinite(last["epsilon"]).all() else None,
         "bare": without_defense(config),
         "family": f"{config['choices']['defense']} {config['choices'].get('model/bottleneck')}",
-        "settings": "; ".join([config["choices"]["data"], *(label(config, group) for group in ("model", "federation", "attack"))]),
-        "card": _card(config),
-        "runs": [_run(folder, of[of["run"] == str(folder.path)]) for folder in folders],
+        "settings": "; ".join([config["choices"]["data"], *(label(config, group) for group in ("model", "federation"))]),
+        "attacks": {attack: one.label for attack, one in tried.items()},
+        "card": _card(config, tried),
+        "runs": [_run(folder, of[of["run"] == str(folder.path)]) | {"id": places[str(folder.path)]} for folder in folders],
     }
 
 
@@ -211,28 +230,66 @@ def _proof(last: pd.DataFrame) -> Row:
     return {
         "epsilon": float(worst["epsilon"]),
         "delta": float(worst["delta"]),
-        "bound": float(worst["reconstruction_bound"]),
+        "bound": math.ceil(100 * worst["reconstruction_bound"]) / 100,  # never below what is proved
         "guess": GUESS,
     }
 
 
-def _card(config: Config) -> list[list[str]]:
-    """The threat-model card, with the conditions under which the run's attack is weak or hopeless anyway."""
-    setup, attack = setup_of(config), build(config["attack"]) if config["attack"] else None
-    told = {"naive": [False], "adaptive": [True], "both": [False, True]}[config.get("attacker", "naive")]
-    lines = card(setup, build(config["tap"]), config["choices"]["attack"], label(config), told if attack is not None else [])
-    hard = [(f"{grade} attack", why) for grade, why in (obstacles(setup, attack) if attack is not None else [])]
-    return [list(line) for line in (*lines, *hard)]
+@dataclass(frozen=True)
+class _Attack:
+    """An attack that was made of a contender's runs: its settings, None where nobody wrote them down, and who made it."""
+
+    label: str
+    settings: Config | None
+    told: list[bool]
+
+
+def _tried(folders: Sequence[RunFolder], leaks: pd.DataFrame) -> dict[str, _Attack]:
+    """By name, the attacks that were made of these runs."""
+    by_run = {str(folder.path): folder for folder in folders}
+    found = {}
+    for attack, of in leaks[leaks["run"].isin(by_run)].groupby("attack", sort=False):
+        first = of.iloc[0]
+        folder, told = by_run[first["run"]], [who == "adaptive" for who in ATTACKERS if (of["attacker"] == who).any()]
+        own = attack == folder.config["choices"]["attack"]  # one that was made later has its unusual settings in its name
+        text = label(folder.config, "attack") if own else str(attack)
+        found[str(attack)] = _Attack(text, attack_of(folder, first["made_by"]), told)
+    return found
+
+
+def _card(config: Config, tried: Mapping[str, _Attack]) -> list[list[str]]:
+    """The threat-model card, with the conditions under which an attack is weak or hopeless anyway. What differs between attacks
+    is told of each."""
+    setup, tap, names = setup_of(config), build(config["tap"]), ", ".join(tried)
+    cards, hard = {}, []
+    for name, one in tried.items():
+        attack = None if one.settings is None else build(one.settings)
+        cards[name] = dict(card(setup, tap, names, label(config), one.told, given=is_told_labels(attack)))
+        hard += [(name, grade, why) for grade, why in (obstacles(setup, attack) if attack is not None else [])]
+    lines: dict[str, dict[str, list[str]]] = {}
+    for name, told in cards.items():
+        for what, known in told.items():
+            lines.setdefault(what, {}).setdefault(known, []).append(name)
+    found = [
+        [what if len(names) == len(cards) else f"{what}, {', '.join(names)}", known]
+        for what, several in lines.items()
+        for known, names in several.items()
+    ]
+    return found + [[f"{grade} attack" + (f", {name}" if len(cards) > 1 else ""), why] for name, grade, why in hard]
 
 
 def _run(folder: RunFolder, rounds: pd.DataFrame) -> Row:
     environment = read_json(folder.path / "environment.json")
     config = folder.config
-    done = int(rounds["round"].max()) if len(rounds) else 0
+    done, path = int(rounds["round"].max()) if len(rounds) else 0, shlex.quote(str(folder.path))
+    own, who = config["choices"]["attack"], config.get("attacker", "naive")
     return {
         "name": folder.path.name,
-        "path": shlex.quote(str(folder.path)),
-        "attack": config["choices"]["attack"],
+        "path": path,
+        "own": [own] if who == "naive" else [own, own + ADAPTIVE],
+        "later": {
+            made_by: f"fedsim attack {path} {shlex.join(one['overrides'])}" for made_by, one in folder.attacks_made().items()
+        },
         "seed": config["seed"],
         "rounds": done,
         "of": config["rounds"],
@@ -320,6 +377,7 @@ def _points(kind: str, attack: str, leaks: pd.DataFrame, rounds: pd.DataFrame, a
                 {
                     "kind": kind,
                     "contender": of["contender"].iloc[0],
+                    "under": of["under"].iloc[0],
                     "attack": attack,
                     "attacker": who,
                     "stage": stage,
@@ -399,42 +457,58 @@ def _ranked(kind: str, attack: str, leaks: pd.DataFrame, every: pd.DataFrame) ->
 
     A defense is shown to protect against an attacker where that one stole from fewer of the same victims than he did without a
     defense (exact sign test of the pairs, one-sided, 5 %, each by itself). One who was not tried without is held against the other.
+    A victim on whom an adaptive attacker's search did not end counts as perhaps stolen: such a search protects nobody. To protect
+    only against the naive attacker takes one more test: that the adaptive one stole from more behind the same defense.
     """
     by = {who: _counts(of) for who in ATTACKERS if len(of := leaks[leaks["attacker"] == who])}
     stronger = max(by, key=lambda who: _strength(by[who]))
     row = {"kind": kind, "contender": leaks["contender"].iloc[0], "attack": attack, "by": by, "stronger": stronger}
-    row |= {"strongest": by[stronger]["share"], "score": by[stronger]["median"], "flag": False}
-    if leaks["bare"].all():
-        return row | {"says": "no defense: what the others are held against"}
-    bare = every[every["bare"] & every["under"].isin(leaks["under"])]
+    row |= {"strongest": by[stronger]["share"], "score": by[stronger]["median"], "flag": False, "bare": bool(leaks["bare"].all())}
+    if row["bare"]:
+        secure = "secure aggregation" in kind
+        return row | {"says": ("secure aggregation alone" if secure else "no defense") + ": what the others are held against"}
+    bare = every[every["bare"] & every["under"].isin(leaks["under"]) & every["how"].isin(leaks["how"])]
     if not len(bare):
-        return row | {"says": "no run without a defense to compare with"}
+        return row | {"says": "no run without a defense, attacked alike, to compare with"}
     without = {who: _stolen(of if len(of := bare[bare["attacker"] == who]) else bare) for who in by}
-    protects = {who: _protects(_stolen(leaks[leaks["attacker"] == who]), without[who]) for who in by}
+    stolen = {who: _stolen(leaks[leaks["attacker"] == who]) for who in by}
+    perhaps = {who: _stolen(leaks[leaks["attacker"] == who], perhaps=who == "adaptive") for who in by}
+    protects = {who: _fewer(perhaps[who], without[who]) for who in by}
     row["p"] = protects
     if any(p is None for p in protects.values()):
         return row | {"says": f"too few victims to tell: fewer than {LEAST} of them were stolen without a defense"}
-    safe = {who for who, p in protects.items() if p is not None and p < LEVEL}
+    safe = {who for who in by if _shown(protects[who])}
+    lost = "adaptive" in by and "adaptive" not in safe and _shown(_fewer(stolen["adaptive"], without["adaptive"]))
+    undecided = f"undecided: {by['adaptive']['lost']} of his searches did not end" if lost else ""
     if len(by) == 1:
         (who,) = by
         other = next(one for one in ATTACKERS if one != who)
-        what = "fewer thefts than without a defense" if safe else "no fewer thefts were shown"
+        what = "fewer thefts than without a defense" if safe else undecided or "no fewer thefts were shown"
         return row | {"says": f"{what}; the {other} attacker was not tried"}
     if safe == {"naive"}:
-        return row | {"flag": True, "says": "protects only against the naive attacker"}
+        if not lost and _shown(_fewer(stolen["naive"], stolen["adaptive"])):
+            return row | {"flag": True, "says": "protects only against the naive attacker"}
+        return row | {"says": f"fewer thefts by the naive attacker; of the adaptive one {undecided or 'that was not shown'}"}
     if safe == {"adaptive"}:
         return row | {"says": "fewer thefts by the adaptive attacker only: the naive one is the stronger here"}
-    return row | {"says": "fewer thefts than without a defense, by both attackers" if safe else "no fewer thefts were shown"}
+    if not safe:
+        return row | {"says": f"of the adaptive attacker {undecided}" if lost else "no fewer thefts were shown"}
+    return row | {"says": "fewer thefts than without a defense, by both attackers"}
 
 
-def _stolen(leaks: pd.DataFrame) -> pd.Series:
-    """Whether each victim was stolen from, by who it is; seeds decide who is attacked."""
-    keys = ["under", "seed", "round", "client", "image"]
-    return (leaks["verdict"] == "stolen").groupby([leaks[key] for key in keys]).any()
+def _shown(p: float | None) -> bool:
+    return p is not None and p < LEVEL
 
 
-def _protects(behind: pd.Series, without: pd.Series) -> float | None:
-    """p of the sign test over victims that both were after; None where so few were stolen that no outcome could show anything."""
+def _stolen(leaks: pd.DataFrame, *, perhaps: bool = False) -> pd.Series:
+    """Whether each victim was stolen from, by who it is; `perhaps` also where a search did not end."""
+    taken = leaks["verdict"] != "not stolen" if perhaps else leaks["verdict"] == "stolen"
+    return taken.groupby([leaks[key] for key in VICTIM]).any()
+
+
+def _fewer(behind: pd.Series, without: pd.Series) -> float | None:
+    """p of the sign test over victims of both, that fewer were stolen `behind`; None where so few were stolen `without` that no
+    outcome could show anything."""
     both = pd.concat([behind, without], axis=1, join="inner", keys=["behind", "without"])
     if both["without"].sum() < LEAST:
         return None
@@ -453,7 +527,13 @@ def _heat(kind: str, attack: str, who: str, leaks: pd.DataFrame) -> Row:
 
 
 def _in_words(
-    folders: Sequence[RunFolder], contenders: list[Row], ranking: list[Row], leaks: pd.DataFrame, data: str, text: bool
+    folders: Sequence[RunFolder],
+    unbegun: Sequence[RunFolder],
+    contenders: list[Row],
+    ranking: list[Row],
+    leaks: pd.DataFrame,
+    data: str,
+    text: bool,
 ) -> list[str]:
     """The report in a few sentences."""
     what = "sentences" if text else "images"
@@ -466,12 +546,14 @@ def _in_words(
     if unfinished:
         what_counts = "their leaks are counted, their accuracy and bytes only where no run of the same defense came further"
         said.append(f"Not finished; {what_counts}: {', '.join(unfinished)}.")
+    if unbegun:
+        said.append(f"Without a finished round, and left out: {', '.join(folder.path.name for folder in unbegun)}.")
     for row in ranking:
-        if "held against" in row["says"]:
+        if row["bare"]:
             counts = row["by"][row["stronger"]]
             said.append(f"Behind {row['kind']}, {row['attack']} ({row['stronger']}) stole {_of(counts)}.")
     for attack in dict.fromkeys(row["attack"] for row in ranking):
-        defended = [row for row in ranking if row["attack"] == attack and "held against" not in row["says"]]
+        defended = [row for row in ranking if row["attack"] == attack and not row["bare"]]
         said += [_extremes(attack, defended)] if defended else []
     if flagged := list(dict.fromkeys(row["kind"] for row in ranking if row["flag"])):
         said.append(f"These protect only against the naive attacker, who does not know them: {'; '.join(flagged)}.")
@@ -519,7 +601,7 @@ def _gallery(leaks: pd.DataFrame, every: pd.DataFrame, album: "_Album") -> list[
 
     They are the same for all defenses, if there are as many that all were tried on.
     """
-    keys = ["under", "seed", "round", "client", "image"]
+    keys = list(VICTIM)
     own = pd.MultiIndex.from_frame(leaks[keys]).unique().sort_values()
     shared = own
     for _, other in every.groupby("kind", sort=False):
@@ -554,6 +636,7 @@ class _Album:
     """
 
     folders: dict[str, RunFolder]
+    places: dict[str, int]
     text: bool
     blur: bool
     victims: list[Row] = field(default_factory=list)
@@ -583,7 +666,8 @@ class _Album:
             "kind": leak["kind"],
             "attacker": leak["attacker"],
             "attack": leak["attack"],
-            "run": self.folders[leak["run"]].path.name,
+            "made_by": leak["made_by"],
+            "run": self.places[leak["run"]],
         }
         told |= {"verdict": leak["verdict"], "score": _number(leak["score"]), "label_right": bool(leak["label_right"])}
         if self.text:

@@ -326,9 +326,14 @@ def nothing_to_attack(folder: RunFolder) -> str | None:
     return None
 
 
-def attack_again(folder: RunFolder, attack: Any, name: str, who: str = "naive") -> None:
+def attack_again(
+    folder: RunFolder, attack: Any, name: str, who: str = "naive", asked: tuple[Config, Sequence[str]] | None = None
+) -> None:
     """Attacks everything a run has captured, as one program, and adds what leaked to its table, in the place of what an attack of
-    this name had found."""
+    this name had found.
+
+    asked  settings of the attack, and the overrides that asked for it, to be written down
+    """
     check_reads(attack, name, folder.config)
     if lacking := nothing_to_attack(folder):
         raise ValueError(lacking)
@@ -338,6 +343,8 @@ def attack_again(folder: RunFolder, attack: Any, name: str, who: str = "naive") 
     log = _logged(folder.path / "log.txt")
     with folder.held(), log, tracked(setup, folder) as track, Progress(folder.config["rounds"]) as progress:
         for attacker in attackers(setup, attack, name, who):
+            if asked is not None:
+                folder.note_attack(attacker.name, *asked)
             progress.leaks(_attack(setup, folder, attacker, seen, progress, track))
     console.print(f"  {name}: {progress.leak()}; {folder.path}")
 
@@ -428,7 +435,8 @@ def show_card(setup: Setup, config: Config) -> None:
     tap, attack = build_checked("tap", config["tap"]), attack_of(config)
     console.print(f"[bold]{contender(config)}[/] on {setup.dataset.name}, {config['choices']['model']}, seed {setup.seed}")
     told = [one.adaptive for one in _attackers(setup, config)]
-    for what, known in card(setup, tap, config["choices"]["attack"], label(config), told):
+    given = scoring.is_told_labels(attack)
+    for what, known in card(setup, tap, config["choices"]["attack"], label(config), told, given=given):
         console.print(f"  {what:14s} {known}", style="dim")
     engine = build_checked("engine", config["engine"])
     if isinstance(engine, Inline):

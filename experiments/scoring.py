@@ -305,13 +305,13 @@ def attacked_together(
 
 def _with_labels(known: Knowledge, attack: Any, victims: Sequence[tuple[Setup, Observation]]) -> Knowledge:
     """What is known, with the true labels if the attack is one that is told them."""
-    if not _is_told(attack):
+    if not is_told_labels(attack):
         return known
     return replace(known, labels=[setup.truth(one.round, *one.clients)[1] for setup, one in victims])
 
 
-def _is_told(attack: Any) -> bool:
+def is_told_labels(attack: Any) -> bool:
     """Whether an attack, or one that it is made of, is given labels."""
     groups = (getattr(attack, name, {}) for name in ("variants", "attacks"))
     inner = [*(one for group in groups for one in group.values()), *([attack.attack] if hasattr(attack, "attack") else [])]
-    return getattr(attack, "labels", None) == "given" or any(map(_is_told, inner))
+    return getattr(attack, "labels", None) == "given" or any(map(is_told_labels, inner))

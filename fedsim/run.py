@@ -7,6 +7,7 @@
     reconstructions/dlg/            round_00005.safetensors, what an attack made of them, and how it got there if it recorded that
     checkpoint.safetensors          weights and the strategy's memory after the last finished round
     before/                         the checkpoint and the tables as they were one writing earlier
+    attacks.json                    settings of attacks that were made after the run
     clients/                        the clients' own: memories of stateful defenses, and what their inspections found
     figures/, log.txt
 
@@ -38,6 +39,7 @@ from fedsim.setup import DRAWN, Setup, check_targets, setup_of
 from fedsim.wire import from_bytes, to_bytes
 
 CHECKPOINT, ROUNDS, LEAKS, BEFORE = "checkpoint.safetensors", "rounds.parquet", "leaks.parquet", "before"
+ATTACKS = "attacks.json"
 DISCARDED = "discarded"  # marks a finished run that only keeps its results
 FOLDERS, FILES = ("observations", "clients"), ("partition.safetensors", ROUNDS, CHECKPOINT)  # what does not depend on an attack
 
@@ -117,6 +119,16 @@ class RunFolder:
                 now, way_out = f"{data.get('root') or '$FEDSIM_DATA'} holds now", "name what it had with data.root or $FEDSIM_DATA"
             raise RunError(f"{self.path} was run on other data than {now}: {way_out}")
         return setup
+
+    def attacks_made(self) -> dict[str, Any]:
+        """By name, the attacks that were made after the run: their settings (`attack`), and the `overrides` that asked for them."""
+        path = self.path / ATTACKS
+        return dict(_read(read_json, path)) if path.exists() else {}
+
+    def note_attack(self, name: str, attack: Mapping[str, Any], overrides: Sequence[str]) -> None:
+        """Writes down what `attacks_made` tells."""
+        made = self.attacks_made() | {name: {"attack": attack, "overrides": list(overrides)}}
+        write_json(self.path / ATTACKS, made)
 
     @property
     def discarded(self) -> bool:

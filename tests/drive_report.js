@@ -62,7 +62,8 @@ function drive(said) {
     point(document.querySelector(found));
     return [text("tip"), $$("#tip img").length];
   });
-  said.later = [later({ attack: "dlg", path: "runs/a" }, "dlg"), later({ attack: "dlg", path: "runs/a" }, "idlg")];
+  const run = { own: ["dlg"], path: "runs/a", later: { gan: "fedsim attack runs/a attack=gan attack.steps=5" } };
+  said.later = ["dlg", "gan", "idlg"].map(made => [later(run, made), noted(run, made)]);
   const mark = document.querySelector('#frontier .mark[data-kind="none"]');
   point(mark);
   said.tip = text("tip");

@@ -5,6 +5,7 @@ import pytest
 from experiments.card import card, obstacles
 from experiments.config import compose
 from experiments.runner import attack_of
+from experiments.scoring import is_told_labels
 from fedsim.setup import setup_of
 from fedsim.tap import Tap
 
@@ -56,6 +57,13 @@ def test_the_card_tells_one_gradient_from_local_training():
     assert local["local steps"] == "told: 5"
     assert local["batch size"] == "told: 4 a step, out of 20 images"
     assert local["taps"] == "every 5 rounds, clients [0, 2]"
+
+
+def test_an_attack_that_is_told_the_labels_is_said_to_be():
+    for told, says in ((True, "told: the true ones"), (False, "not told")):
+        attack = attack_of(compose([*SMALL, "attack=cosine_adam", f"attack.told={str(told).lower()}"]))
+        lines = dict(card(setup_of(compose(SMALL)), Tap(), "cosine_adam", "none", given=is_told_labels(attack)))
+        assert lines["labels"] == says
 
 
 def test_what_clients_say_of_their_own_images_is_on_the_card():

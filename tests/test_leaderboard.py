@@ -116,7 +116,7 @@ def test_nothing_is_ranked_across_conditions_and_one_seed_is_no_comparison(made,
     assert len(parts) == 2
     for part in parts:
         assert list(sections(part)) == [leaderboard.GROUPS[4]]
-    assert "no run without a defense to compare with" in parts[1]
+    assert "no run without a defense, attacked alike, to compare with" in parts[1]
 
 
 def test_runs_that_nobody_attacked_are_told_in_one_line(made, tmp_path, capsys):

@@ -55,6 +55,11 @@ def test_a_setting_is_told_of_all_runs_that_have_it():
     assert found == ["none, lr=0.1", "none, lr=0.2", "topk ratio=0.1 scope=tensor, lr=0.2"]
 
 
+def test_what_defenses_were_tried_under_is_told_where_it_was_not_the_same():
+    found = called(["rounds=3"], ["defense=topk", "rounds=4"], ["defense=clip", "rounds=4"])
+    assert found == ["none, rounds=3", "topk ratio=0.1 scope=tensor, rounds=4", "clip clip=1.0, rounds=4"]
+
+
 def test_two_names_differ_wherever_what_is_trained_does():
     tried = [[f"federation.batch_size={size}", f"model={model}"] for size in (1, 2) for model in ("lenet", "mlp_2nn")]
     tried += [["defense=precode"], ["model/bottleneck=precode"], ["aggregation=secure", "federation.batch_size=2"]]

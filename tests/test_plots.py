@@ -89,7 +89,7 @@ def test_legends_of_any_length_fit_their_figure(many, tmp_path):
     some = some[some["defense"].isin([*NAMES[:many], *(name + plots.KNOWING for name in NAMES[:many])])]
     rounds = pd.DataFrame(
         [
-            {"defense": name, "run": name, "round": round, "accuracy": 0.1 * round, "bytes_up": 1000}
+            {"defense": name, "run": name, "seed": 0, "round": round, "accuracy": 0.1 * round, "bytes_up": 1000}
             for name in NAMES[:many]
             for round in (1, 2)
         ]

@@ -173,6 +173,62 @@ def test_what_a_run_that_broke_off_learned_and_sent_is_not_averaged_with_others(
     assert any("no run of the same defense came further: " in line for line in data["words"])
 
 
+def test_a_victim_of_runs_alike_in_all_that_matters_counts_once(study, tmp_path):
+    shutil.copytree(study / "none", tmp_path / "one")
+    shutil.copytree(study / "none", tmp_path / "two")
+    config = read_json(tmp_path / "two" / "config.json")
+    config["engine"]["workers"] = 2
+    write_json(tmp_path / "two" / "config.json", config)
+    alone, both = ([RunFolder(tmp_path / name) for name in names] for names in (["one"], ["one", "two"]))
+    assert plots.summarised(both).rows == plots.summarised(alone).rows
+    assert (plots.tables(both)[1]["run"] == str(tmp_path / "one")).all()
+
+
+def test_what_is_no_number_is_as_far_off_as_can_be(study, tmp_path):
+    shutil.copytree(study / "none", tmp_path / "none")
+    path = tmp_path / "none" / "leaks.parquet"
+    leaks = read_table(path)
+    leaks.loc[leaks.index[:3], "psnr_db"] = np.nan
+    write_table(path, leaks)
+    folders = [RunFolder(tmp_path / "none")]
+    assert len(leaks) == 4
+    expected = leaks["psnr_db"].fillna(0.0).median()
+    assert f"{expected:.1f} dB" in plots.summarised(folders).rows[0]
+    assert report.data_of(folders, "a test")["ranking"][0]["score"] == expected
+
+
+def test_a_folder_without_a_finished_round_is_named_and_left_out(study, tmp_path):
+    shutil.copytree(study / "none", tmp_path / "whole")
+    (tmp_path / "begun").mkdir()
+    for name in ("config.json", "environment.json"):
+        shutil.copy(study / "coarse" / name, tmp_path / "begun")
+    assert fedsim("report", tmp_path, "-o", tmp_path / "report.html") == 0
+    data = data_in(tmp_path / "report.html")
+    assert [one["name"] for one in data["contenders"]] == ["none"]
+    assert "Without a finished round, and left out: begun." in data["words"]
+
+
+def test_attacks_made_later_have_their_own_card_settings_and_command(study, tmp_path):
+    shutil.copytree(study / "fine", tmp_path / "run")
+    config = read_json(tmp_path / "run" / "config.json")
+    config["choices"]["defense"] = "uniform"
+    write_json(tmp_path / "run" / "config.json", config)
+    asked = ["attack=idlg", "attack.evaluations=3", "attack.restarts=1", "attacker=naive"]
+    assert fedsim("attack", tmp_path / "run", *asked) == 0
+    (one,) = (data := report.data_of([RunFolder(tmp_path / "run")], "a test"))["contenders"]
+    later = "idlg_restarts=1_evaluations=3"
+    assert one["attacks"]["cosine_lbfgs"].startswith("cosine_lbfgs restarts=1 evaluations=6")
+    assert one["attacks"][later] == later
+    card = dict(one["card"])
+    assert card["the defense, cosine_lbfgs"].startswith("not told; and once more told")
+    assert card[f"the defense, {later}"] == "not told"
+    (run,) = one["runs"]
+    assert run["own"] == ["cosine_lbfgs", "cosine_lbfgs_adaptive"]
+    assert run["later"] == {later: f"fedsim attack {tmp_path / 'run'} {shlex.join(asked)}"}
+    assert {victim["made_by"] for victim in data["victims"]} == {*run["own"], later}
+    assert {victim["run"] for victim in data["victims"]} == {run["id"]}
+
+
 def test_pictures_are_the_originals_and_what_was_made_of_them(study, page):
     data, folder = data_in(page), RunFolder(study / "none")
     (shown,) = [one for one in data["gallery"] if one["kind"] == "none"]
@@ -287,14 +343,14 @@ def test_there_is_no_command_for_what_todays_choices_do_not_have():
 # The ranking.
 
 
-def leaks_of(**stolen: list[int]) -> pd.DataFrame:
-    """Leaks of a defense, from whose victims an attacker stole (1) or not (0), and of none."""
+def leaks_of(**stolen: list[int | None]) -> pd.DataFrame:
+    """Leaks of a defense, from whose victims an attacker stole (1) or not (0), or lost his way (None), and of none."""
     rows = [
         {
             "bare": name.startswith("none"),
             "attacker": {"none": "naive", "none_knowing": "adaptive"}.get(name, name),
             "client": client,
-            "verdict": "stolen" if took else "not converged",
+            "verdict": {1: "stolen", 0: "not stolen", None: "not converged"}[took],
         }
         for name, each in stolen.items()
         for client, took in enumerate(each)
@@ -304,6 +360,8 @@ def leaks_of(**stolen: list[int]) -> pd.DataFrame:
         "round": 1,
         "image": 0,
         "under": "the same",
+        "how": "alike",
+        "seen": "update",
         "score": 10.0,
         "mse": 0.1,
         "psnr_db": 10.0,
@@ -313,23 +371,38 @@ def leaks_of(**stolen: list[int]) -> pd.DataFrame:
 
 
 FLAG = "protects only against the naive attacker"
+UNDECIDED = "undecided: 7 of his searches did not end"
 
 
 @pytest.mark.parametrize(
     ("naive", "adaptive", "says"),
     [
         ([0] * 12, [1] * 12, FLAG),
-        ([1] * 7 + [0] * 5, [1] * 8 + [0] * 4, FLAG),  # five fewer and none more: 2^-5 < 5 %; four fewer: 2^-4 is not
+        ([None] * 12, [1] * 12, FLAG),  # whoever does not know it gets lost
+        ([1] * 7 + [0] * 5, [1] * 12, FLAG),  # five fewer and none more: 2^-5 < 5 %; four fewer: 2^-4 is not
+        ([1] * 7 + [0] * 5, [1] * 8 + [0] * 4, "fewer thefts by the naive attacker; of the adaptive one that was not shown"),
         ([1] * 8 + [0] * 4, [1] * 12, "no fewer thefts were shown"),
         ([0] * 12, [0] * 12, "fewer thefts than without a defense, by both attackers"),
+        ([0] * 12, [0] * 5 + [None] * 7, "fewer thefts than without a defense, by both attackers"),
+        ([0] * 12, [1] * 5 + [None] * 7, f"fewer thefts by the naive attacker; of the adaptive one {UNDECIDED}"),
+        ([1] * 12, [None] * 12, f"of the adaptive attacker {UNDECIDED.replace('7', '12')}"),
         ([0] * 12, None, "fewer thefts than without a defense; the adaptive attacker was not tried"),
+        (None, [None] * 7 + [0] * 4 + [1], f"{UNDECIDED}; the naive attacker was not tried"),
     ],
 )
 def test_the_flag_is_for_what_stops_the_naive_attacker_alone(naive, adaptive, says):
-    every = leaks_of(none=[1] * 12, naive=naive, **({} if adaptive is None else {"adaptive": adaptive}))
+    every = leaks_of(none=[1] * 12, **{who: of for who, of in (("naive", naive), ("adaptive", adaptive)) if of is not None})
     row = report._ranked("A", "dlg", every[~every["bare"]], every)
     assert row["says"] == says
     assert row["flag"] == (says == FLAG)
+
+
+@pytest.mark.parametrize("column", ["how", "under", "seen"])
+def test_a_defense_is_held_against_none_that_was_attacked_alike(column):
+    every = leaks_of(none=[1] * 12, naive=[0] * 12)
+    every.loc[~every["bare"], column] = "otherwise"
+    says = report._ranked("A", "dlg", every[~every["bare"]], every)["says"]
+    assert says.startswith("too few victims" if column == "seen" else "no run without a defense, attacked alike, to compare with")
 
 
 def test_each_attacker_is_held_against_himself():
@@ -363,7 +436,7 @@ def test_of_a_few_thefts_nothing_can_be_told():
     every = leaks_of(none=[1] * 4 + [0] * 8, naive=[0] * 12, adaptive=[0] * 12)
     assert report._ranked("A", "dlg", every[~every["bare"]], every)["says"].startswith("too few victims to tell")
     alone = every[~every["bare"]]
-    assert report._ranked("A", "dlg", alone, alone)["says"] == "no run without a defense to compare with"
+    assert report._ranked("A", "dlg", alone, alone)["says"] == "no run without a defense, attacked alike, to compare with"
 
 
 # Colours.
@@ -478,7 +551,8 @@ def test_switches_the_slider_and_the_details_work(driven):
         assert "lenet_silu" in tip
         assert "fedsim" in tip
         assert pictures == 4
-    assert driven["later"] == ["", "\nfedsim attack runs/a attack=idlg"]
+    known = ["\nfedsim attack runs/a attack=gan attack.steps=5", True]
+    assert driven["later"] == [["", True], known, ["\nfedsim attack runs/a attack=idlg", False]]
     assert driven["open"]
     assert "fedsim run" in driven["more"]
     assert "not converged" in driven["more"]

@@ -257,6 +257,10 @@ def test_conditions_are_what_is_neither_defense_nor_attack_nor_seed():
         "seed=7",
         "out=elsewhere",
         "name=one",
+        "engine.workers=1",
+        "device=cpu",
+        "evaluate.every=null",
+        "data.root=/elsewhere",
     ):
         assert conditions(compose([*TINY, same])) == plain, same
     for other in ("federation.lr=0.7", "model=mlp_2nn", "data.test_size=32", "rounds=6", "aggregation=secure", "server=imprint"):
