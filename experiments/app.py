@@ -31,6 +31,7 @@ from fedsim.client import client_app, client_of
 from fedsim.engines.deployment import Deployment
 from fedsim.files import write_bytes
 from fedsim.secure_rounds import STEPS
+from fedsim.setup import check_targets
 
 RUN_CONFIG: dict[str, bool | str] = {"overrides": "", "config": "", "resume": False}
 ENGINE = "engine=deployment"
@@ -78,12 +79,19 @@ def _serve(grid: Grid, context: Context) -> None:
 
 
 def client_config(context: Context) -> Config:
-    """The configuration with the SuperNode's own data in it. Raises ConfigError where a server expects data and none is named."""
+    """The configuration with the SuperNode's own data in it. Raises ConfigError where a server expects data and none is named, and
+    ValueError where it would have something built that is not the project's own."""
     config, name = config_of(context), "data-root"
+    check_targets(config)
     own = context.node_config.get(name) or (os.environ.get("FEDSIM_DATA") if config["data"]["name"] != "text" else None)
     if config["data"].get("root") is not None and not own:
         raise ConfigError(f"the server reads data.root, and this SuperNode has no data: start it with --node-config '{name}=\"…\"'")
     return config | {"data": config["data"] | {"root": own}}
+
+
+def is_folder(name: str) -> bool:
+    """Whether a run may be called so wherever a SuperNode runs: it names a folder, and no place elsewhere."""
+    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0:")
 
 
 def memory_of(context: Context, run: str) -> Path:
@@ -91,7 +99,7 @@ def memory_of(context: Context, run: str) -> Path:
 
     The server chooses the name, and must not choose where a SuperNode writes.
     """
-    if not run or run in (".", "..") or any(sign in run for sign in "/\\\0:"):
+    if not is_folder(run):
         raise ConfigError(f"the server calls the run {run!r}, which is no name of a folder: change name=")
     base = context.node_config.get("memory") or Path.home() / ".fedsim"
     return Path(str(base)).expanduser() / run / "clients"

@@ -1,11 +1,13 @@
 """The `fedsim` command. Nothing heavy is imported before it is needed: `fedsim --help` must not wait for torch."""
 
 import argparse
+import contextlib
+import itertools
 import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,20 +217,20 @@ def _run(arguments: argparse.Namespace) -> int:
     _quiet()
     from experiments import runner
     from fedsim.files import write_json
+    from fedsim.run import RunError
 
     for config in configs:
         runner.check_config(config)
-    base = Path(configs[0]["out"]) / (configs[0]["name"] or _name(configs, arguments.multirun))
-    if not arguments.multirun:
-        return _finish([runner.start(configs[0], base, arguments.command_line)], base / "figures")
-    from fedsim.run import RunError
-
-    if base.exists():
-        raise RunError(f"{base} exists already: choose another name=, or resume it with --resume {base}")
-    names = cell_names(configs)
-    plan = {"command": arguments.command_line, "cells": dict(zip(names, configs, strict=True))}
-    write_json(base / "multirun.json", plan)
-    return _multirun(base)
+    with _place(configs, arguments.multirun) as base:
+        if arguments.multirun:
+            if configs[0]["name"] and base.exists():
+                raise RunError(f"{base} exists already: choose another name=, or resume it with --resume {base}")
+            names = cell_names(configs)
+            plan = {"command": arguments.command_line, "cells": dict(zip(names, configs, strict=True))}
+            write_json(base / "multirun.json", plan)
+        else:
+            folder = runner.start(configs[0], base, arguments.command_line)
+    return _multirun(base) if arguments.multirun else _finish([folder], base / "figures")
 
 
 def _resume(path: Path) -> int:
@@ -250,7 +252,7 @@ def _resume(path: Path) -> int:
 def _deploy(arguments: argparse.Namespace) -> int:
     _quiet()
     from experiments import runner
-    from experiments.deploy import configured, deploy
+    from experiments.deploy import check_nodes, configured, deploy
     from fedsim.run import RunFolder
 
     if path := arguments.resume:
@@ -260,17 +262,19 @@ def _deploy(arguments: argparse.Namespace) -> int:
         config = folder.config
         if (engine := config["choices"]["engine"]) != "deployment":
             raise ValueError(f"{path} ran with engine={engine}: resume it with `fedsim run --resume {path}`")
-        nodes = arguments.nodes or config["federation"]["clients"]
+        nodes = config["federation"]["clients"] if arguments.nodes is None else arguments.nodes
+        check_nodes(config, nodes)
         if runner.finished(folder):
             print(f"{path} is finished: all {config['rounds']} rounds are there")
             return _finish([folder], path / "figures")
+        runner.check_config(config)
     else:
         nodes = 4 if arguments.nodes is None else arguments.nodes
         config = configured(arguments.overrides, nodes)
-        path = Path(config["out"]) / (config["name"] or _name([config], False))
-    runner.check_config(config)
-    deploy(config, path, nodes, resume=arguments.resume is not None)
-    return _finish([RunFolder.open(path)], path / "figures")
+        runner.check_config(config)
+    with contextlib.nullcontext(path) if path else _place([config], False) as place:
+        deploy(config, place, nodes, resume=path is not None)
+    return _finish([RunFolder.open(place)], place / "figures")
 
 
 def _multirun(base: Path) -> int:
@@ -320,6 +324,8 @@ def _finish(folders: "list[RunFolder]", figures: Path, formats: Sequence[str] = 
 
 def _attack(arguments: argparse.Namespace) -> int:
     from experiments.config import build_checked, compose
+    from experiments.runner import ATTACKERS
+    from fedsim.checks import one_of
 
     overrides = arguments.overrides
     for override in overrides:
@@ -332,6 +338,7 @@ def _attack(arguments: argparse.Namespace) -> int:
     if not config["attack"]:
         raise ValueError("attack=none attacks nothing; see `fedsim list attacks`")
     attack = build_checked("attack", config["attack"])
+    one_of("attacker", config["attacker"], ATTACKERS)
     _quiet()
     from experiments import runner
     from experiments.naming import named
@@ -550,12 +557,39 @@ def _quiet() -> None:
     quiet()
 
 
-def _name(configs: "list[Config]", multirun: bool) -> str:
+@contextlib.contextmanager
+def _place(configs: "list[Config]", multirun: bool) -> Iterator[Path]:
+    """The folder of a run, or of several. One that has no name is made here, so that of two that begin at once each has its own;
+    where a run is refused inside, no empty folder is left."""
     import time
 
-    chosen = configs[0]["choices"]
+    from fedsim.run import RunError
+
+    out, chosen = Path(configs[0]["out"]), configs[0]["choices"]
+    if configs[0]["name"]:
+        yield out / configs[0]["name"]
+        return
     what = "compare" if multirun else f"{chosen['defense']}-{chosen['attack']}"
-    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{what}"
+    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{what}"
+    names = itertools.chain([name], (f"{name}_again{i}" for i in itertools.count(2)))
+    base = next(out / name for name in names if not (out / name).exists())
+    missing = [path for path in (base, *base.parents) if not path.exists()]
+    while True:
+        try:
+            base.mkdir(parents=True)
+            break
+        except FileExistsError:
+            base = out / next(names)
+            missing[0] = base
+        except OSError as error:
+            raise RunError(f"cannot write to {out}: {error.strerror}; choose another folder with out=") from None
+    try:
+        yield base
+    except BaseException:
+        with contextlib.suppress(OSError):  # something is in it
+            for path in missing:
+                path.rmdir()
+        raise
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from cryptography.x509.oid import NameOID
 import experiments
 from experiments import guard
 from experiments.config import Config, ConfigError, compose
-from experiments.guard import family, processes
+from experiments.guard import family
 from fedsim.checks import whole
 from fedsim.errors import FederationError
 from fedsim.quiet import SWITCHES
@@ -59,13 +59,23 @@ def configured(overrides: Sequence[str], nodes: int) -> Config:
     config = compose([ENGINE, *ours, *overrides])
     if f"engine={config['choices']['engine']}" != ENGINE:
         raise ConfigError(f"engine={config['choices']['engine']} runs in this process, without SuperNodes: leave it out")
+    check_nodes(config, nodes)
+    if "federation.per_round" not in said and isinstance(config["federation"]["clients"], int):
+        config = compose([ENGINE, *ours, f"federation.per_round={config['federation']['clients']}", *overrides])
+    return config
+
+
+def check_nodes(config: Config, nodes: int) -> None:
+    """Raises ConfigError where a run has more clients than there are nodes, or a name that no SuperNode has a folder for."""
+    from experiments.app import is_folder
+
+    whole("--nodes", nodes)
     clients = config["federation"]["clients"]
     if isinstance(clients, int) and clients > nodes:
         wanted = f"federation.clients={clients} takes {clients} SuperNodes, and there are {nodes}"
         raise ConfigError(f"{wanted}: --nodes {clients}, or fewer clients")
-    if "federation.per_round" not in said and config["federation"]["per_round"] > clients:
-        config = compose([ENGINE, *ours, f"federation.per_round={clients}", *overrides])
-    return config
+    if isinstance(name := config["name"], str) and not is_folder(name):
+        raise ConfigError(f"name={name} is no name of a folder on every SuperNode: change name=")
 
 
 @dataclass(frozen=True)
@@ -158,14 +168,17 @@ class Loopback:
 
     def flwr(self, *arguments: str) -> str:
         """What a `flwr` command prints. Raises FederationError for one that fails."""
-        done = subprocess.run(
-            [self._commands["flwr"], *arguments],
-            env=self.environment("user"),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            process_group=self._guard.pid,
-        )
+        try:
+            done = subprocess.run(
+                [self._commands["flwr"], *arguments],
+                env=self.environment("user"),
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                process_group=self._guard.pid,
+            )
+        except subprocess.TimeoutExpired:
+            raise FederationError(f"flwr {' '.join(arguments[:2])} did not end within {PATIENCE:.0f} s") from None
         if done.returncode:
             why = " ".join(plain(done.stdout + done.stderr).split())[-500:]
             raise FederationError(f"flwr {' '.join(arguments[:2])} failed: {why}")
@@ -183,6 +196,8 @@ class Loopback:
         code = str(Path(experiments.__file__).parents[1])
         paths = os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])])
         ours = {"FLWR_HOME": str(self.home(name)), "PATH": commands, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+        direct = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), HOST]))  # past any proxy
+        ours |= {"NO_PROXY": direct, "no_proxy": direct}
         return {**SWITCHES, "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", **os.environ, **ours}
 
     def run(self, run_config: Mapping[str, object]) -> Iterator[str]:
@@ -233,16 +248,21 @@ class Loopback:
 
     def stop(self) -> None:
         """Ends all processes, those they started included: asks first, and kills what is left. The guard is the last."""
-        mine = {one for one in self.family() if one[0] != self._guard.pid}
+
+        def left() -> set[int]:
+            return {pid for pid, _ in self.family()} - {self._guard.pid}
+
         for one in reversed(self._all):
             if one.process.poll() is None:
                 one.process.terminate()
         until = time.monotonic() + 10
-        while time.monotonic() < until and (any(one.process.poll() is None for one in self._all) or mine & processes()):
+        while time.monotonic() < until and (any(one.process.poll() is None for one in self._all) or left()):
             time.sleep(0.1)
-        for pid, _ in mine & processes():
-            with contextlib.suppress(ProcessLookupError):  # it may end at this very moment
-                os.kill(pid, signal.SIGKILL)
+        while some := left():  # they may start others as they end
+            for pid in some:
+                with contextlib.suppress(ProcessLookupError):  # it may end at this very moment
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
         for one in self._all:
             one.process.wait()
         self._guard.kill()
@@ -262,7 +282,8 @@ def deploy(config: Config, path: Path, nodes: int, *, resume: bool = False) -> N
     if not resume and (path / "config.json").exists():
         raise RunError(f"{path} holds a run already: resume it with --resume {path}, or choose another name=")
     told = {"memory": str(path.parent)}
-    if root := config["data"].get("root") or os.environ.get("FEDSIM_DATA"):
+    own = os.environ.get("FEDSIM_DATA") if config["data"]["name"] != "text" else None  # which holds data sets, and no text
+    if root := config["data"].get("root") or own:
         told["data-root"] = str(Path(root).expanduser().absolute())
     console.print(f"starting a SuperLink and {nodes} SuperNodes on {HOST}")
     with Loopback.of(nodes, told) as up:

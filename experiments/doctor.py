@@ -30,7 +30,10 @@ def examine() -> int:
         ("offline", _offline),
     ]
     for name, check in checks:
-        verdict, found, cure = check()
+        try:
+            verdict, found, cure = check()
+        except Exception as error:  # whatever is broken, the other checks are still to be made
+            verdict, found, cure = FAIL, f"{type(error).__name__}: {' '.join(str(error).split())}", ""
         print(f"{verdict:5s} {name:12s} {found}" + (f"\n      {'':12s} cure: {cure}" if cure else ""))
         worst |= verdict == FAIL
     return int(worst)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from rich import box
@@ -77,6 +78,10 @@ def read(path: Path, shape: tuple[int, ...]) -> Tensor:
     try:
         with Image.open(path) as file:
             upright = ImageOps.exif_transpose(file)
+            if upright.mode.startswith("I;16"):  # 16 bits, of which Pillow's conversions keep the lowest eight
+                upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+            if upright.mode in ("I", "F"):
+                raise ValueError(f"{path} has {upright.mode} pixels, whose white is not known: save it with 8 or 16 bits a channel")
             flat = upright.convert("RGBA" if "transparency" in file.info or upright.mode in ("LA", "PA", "RGBA") else "RGB")
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
@@ -108,7 +113,8 @@ def prepare(config: Config, path: Path | None, index: int | None, label: int | N
     protocol, defense = build_checked("federation", config["federation"]), build_checked("defense", config["defense"])
     defense = planned(defense, [Exposure(1, *protocol.uses(1))])  # one update is sent, of one image
     shards = [torch.tensor([index or 0])] * protocol.clients
-    setup = Setup(config, config["seed"], dataset, shards, protocol, defense, device_of(config["device"]))
+    device, server = device_of(config["device"]), build_checked("server", config["server"])
+    setup = Setup(config, config["seed"], dataset, shards, protocol, defense, device, server)
     return setup, image.to(setup.device), torch.tensor([label] if label is not None else found.tolist()).to(setup.device)
 
 
@@ -169,8 +175,10 @@ def invert(
     """Steals one image and writes all there is to see of it into `folder`; returns the theft and the files to look at."""
     if not config["attack"]:
         raise ValueError("attack=none attacks nothing; see `fedsim list attacks`")
-    if (folder / "metrics.json").exists():
-        raise ValueError(f"{folder} holds a theft already: choose another folder with -o")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name a new folder with -o")
+    if folder.is_dir() and (inside := sorted(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty, it holds {inside[0].name}: name a new folder with -o")
     animations = [".gif", ".webp", *([".mp4"] if mp4 else [])]
     for suffix in animations:
         pictures.check_animation(suffix)

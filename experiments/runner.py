@@ -53,6 +53,9 @@ def check_config(config: Config) -> None:
     whole("seed", config["seed"], 0)
     if config.get("name") is not None and not is_name(config["name"]):
         raise ConfigError(f"name={config['name']} is no name of a folder: say with out= where it goes")
+    for key, folder in (("out", config.get("out", "runs")), ("data.root", config["data"].get("root", ""))):
+        if not isinstance(folder, str) and not (key == "data.root" and folder is None):
+            raise ConfigError(f"{key} must be a folder, got {folder!r}")
     cores()  # says what is wrong with $FEDSIM_CORES
     one_of("attacker", config.get("attacker", "naive"), ATTACKERS)
     device_of(config["device"])
@@ -71,6 +74,7 @@ def check_config(config: Config) -> None:
     if needed not in (None, chosen):
         raise ConfigError(f"attack={config['choices']['attack']} reads what a malicious server plants: add server={needed}")
     strategy = build_checked("strategy", config["strategy"])
+    _check_strategy(config)
     if config["choices"].get("aggregation", "plain") != "plain":
         check_averages(strategy)
     data, clients = config["data"], config["federation"]["clients"]
@@ -91,12 +95,28 @@ def check_config(config: Config) -> None:
     check(data["name"], data["root"], download=data.get("download", False))
 
 
+def _check_strategy(config: Config) -> None:
+    """Raises ConfigError for numbers of a robust strategy with which it aggregates nothing."""
+    from fedsim.checks import whole
+
+    strategy, chosen, per_round = config["strategy"], config["choices"]["strategy"], config["federation"]["per_round"]
+    for key, least in (("num_malicious_nodes", 0), ("num_nodes_to_select", 1)):
+        if key in strategy:
+            whole(f"strategy.{key}", strategy[key], least)
+    if chosen == "bulyan" and per_round < (needed := 4 * strategy["num_malicious_nodes"] + 3):
+        told = f"strategy.num_malicious_nodes={strategy['num_malicious_nodes']} takes {needed} clients a round (4 f + 3)"
+        raise ConfigError(f"{told}, and federation.per_round={per_round}: no round would change the model")
+
+
 def _check_tap(tap: Tap, config: Config) -> None:
     """Raises ConfigError for rounds or clients to listen to of which there are none."""
-    rounds, heard = (one if isinstance(one, Sequence) and not isinstance(one, str) else () for one in (tap.rounds, tap.clients))
+    heard = tap.clients if isinstance(tap.clients, Sequence) and not isinstance(tap.clients, str) else ()
     last, clients = config["rounds"], config["federation"]["clients"]
-    if rounds and tap.every is None and min(rounds) > last:
-        raise ConfigError(f"tap.rounds={[*rounds]} come after the last round, rounds={last}: nobody is listened to")
+    if (tap.every or tap.rounds) and config["attack"] and not any(map(tap.listens, range(1, last + 1))):
+        when = " and ".join(f"{name}={value}" for name, value in (("tap.every", tap.every), ("tap.rounds", tap.rounds)) if value)
+        raise ConfigError(f"{when} come after the last round, rounds={last}: nobody is listened to; or take attack=none")
+    if not isinstance(tap.clients, int) and not len(tap.clients):
+        raise ConfigError("tap.clients=[] listens to nobody: name clients, or take tap.clients=all")
     if there := [client for client in heard if client >= clients]:
         raise ConfigError(f"tap.clients names client {there[0]}, and of federation.clients={clients} the last is {clients - 1}")
 

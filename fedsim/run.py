@@ -40,6 +40,7 @@ from fedsim.wire import from_bytes, to_bytes
 
 CHECKPOINT, ROUNDS, LEAKS, BEFORE = "checkpoint.safetensors", "rounds.parquet", "leaks.parquet", "before"
 ATTACKS = "attacks.json"
+BEGUN = "begun"  # marks a folder that is being made: what is in it is ours
 DISCARDED = "discarded"  # marks a finished run that only keeps its results
 FOLDERS, FILES = ("observations", "clients"), ("partition.safetensors", ROUNDS, CHECKPOINT)  # what does not depend on an attack
 
@@ -56,24 +57,44 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any], environment: Mapping[str, Any]) -> "RunFolder":
-        """A new folder. Raises RunError when there is a run in it already."""
-        if (path / "config.json").exists():
-            raise RunError(f"{path} holds a run already: resume it with --resume {path}, or choose another name=")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
+        """A new folder. Raises RunError when there is a run in it already, or anything else."""
+        folder = cls(path)
+        with folder._made():
             write_json(path / "environment.json", environment)
             write_json(path / "config.json", config)
+        return folder
+
+    @contextlib.contextmanager
+    def _made(self) -> Iterator[None]:
+        """Inside, the folder is there and this process alone makes a run of it; one that was killed in here is made anew."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._check_free()  # a lock is a file as well, and belongs in no folder of others
+            with self.held():
+                self._check_free()
+                (self.path / BEGUN).touch()
+                yield
+                (self.path / BEGUN).unlink()
         except OSError as error:
-            raise RunError(f"cannot write to {path}: {error.strerror}; choose another folder with out=") from None
-        return cls(path)
+            raise RunError(f"cannot write to {self.path}: {error.strerror}; choose another folder with out=") from None
+
+    def _check_free(self) -> None:
+        if (self.path / "config.json").exists():
+            raise RunError(f"{self.path} holds a run already: resume it with --resume {self.path}, or choose another name=")
+        if not (self.path / BEGUN).exists() and (others := sorted(set(os.listdir(self.path)) - {".lock"})):
+            raise RunError(f"{self.path} is not empty, it holds {others[0]}: choose another name=")
 
     @classmethod
     def branch(cls, source: "RunFolder", path: Path, config: Mapping[str, Any], environment: Mapping[str, Any]) -> "RunFolder":
         """A new folder with what another run learned and saw, and nothing of its attacks. Raises RunError as `create`."""
-        for name in (*FOLDERS, *FILES):
-            if (source.path / name).exists():
-                copied(source.path / name, path / name)
-        return cls.create(path, config, environment)
+        folder = cls(path)
+        with folder._made():
+            for name in (*FOLDERS, *FILES):
+                if (source.path / name).exists():
+                    copied(source.path / name, path / name)
+            write_json(path / "environment.json", environment)
+            write_json(path / "config.json", config)
+        return folder
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -404,7 +425,7 @@ def _sender(client: int) -> str:
 
 def _client(name: str) -> int:
     """The client of a name that starts as `_sender` made it."""
-    return SUM if name.startswith("sum") else int(name[7:12])
+    return SUM if name.startswith("sum") else int(name.removeprefix("client_").partition("/")[0])
 
 
 def _number(path: Path) -> int:

@@ -144,6 +144,8 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise ValueError("its tensors hold no numbers")
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(
             f"device {name!r} is not usable here, take device=auto or device=cpu: {str(error).splitlines()[0]}"

@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -18,13 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_config import WRONG
 
-from experiments import cli, invert
+from experiments import cli, doctor, invert
 from experiments.canvas import FORMATS
 from experiments.config import compose
 from experiments.runner import resume
 from fedsim.data import load
 from fedsim.models import lenet
-from fedsim.run import RunError, RunFolder
+from fedsim.run import RunError, RunFolder, iterate
 from fedsim.training import local_update
 
 REPOSITORY = Path(__file__).parent.parent
@@ -351,10 +352,53 @@ def test_a_picture_that_cannot_be_stolen_is_told(words, message, tmp_path, capsy
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_holds_a_theft_is_not_written_over(tmp_path, capsys):
-    (tmp_path / "metrics.json").write_text("{}")
+@pytest.mark.parametrize("name", ["metrics.json", "original.png"])
+def test_a_folder_that_holds_anything_is_not_stolen_into(name, tmp_path, capsys):
+    (tmp_path / name).write_text("{}")
     assert fedsim("invert", "--index", "3", *THEFT, "-o", tmp_path) == 2
-    assert "holds a theft already: choose another folder with -o" in capsys.readouterr().err
+    assert f"is not empty, it holds {name}: name a new folder with -o" in capsys.readouterr().err
+    assert fedsim("invert", "--index", "3", *THEFT, "-o", tmp_path / name) == 2
+    assert f"{name} is a file: name a new folder with -o" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "{}"
+
+
+def test_pixels_of_sixteen_bits_are_read_and_those_without_a_white_refused(tmp_path):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    read = invert.read(tmp_path / "deep.png", (1, 16, 16))
+    assert torch.allclose(read[0], torch.from_numpy(ramp / 65535).float(), atol=0.5 / 255 + 1e-6)
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match=r"float\.tiff has F pixels, whose white is not known: save it with 8 or 16 bits"):
+        invert.read(tmp_path / "float.tiff", (1, 16, 16))
+
+
+def test_a_theft_is_one_of_the_model_that_a_malicious_server_sends(tmp_path):
+    malicious = ["model=lenet", "server=imprint", "server.bins=16", "attack=imprint", "data=synthetic", "data.train_size=41"]
+    assert fedsim("invert", "--index", 3, *malicious, "-o", tmp_path / "theft") == 0
+    (row,) = json.loads((tmp_path / "theft" / "metrics.json").read_text())["scores"]
+    assert row["mse"] < 1e-6
+
+
+@pytest.mark.parametrize("more", [[], ["-m"]])
+def test_two_runs_without_a_name_that_begin_at_once_have_a_folder_each(more, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda form, *when: "now")
+    words = [*(word for word in TINY if not word.startswith("attack")), "attack=none", "rounds=1", f"out={tmp_path}"]
+    for seed in (1, 2, 3):
+        assert fedsim("run", *more, *words, f"seed={seed}") == 0
+    name = "now_compare" if more else "now_none-none"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}_again2", f"{name}_again3"]
+    assert sorted(folder.config["seed"] for folder in iterate(list(tmp_path.iterdir()))) == [1, 2, 3]
+
+
+def test_runs_have_a_folder_to_be_in(capsys):
+    assert fedsim("run", *TINY, "out=null") == 2
+    assert "out must be a folder, got None" in capsys.readouterr().err
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path, capsys):
+    assert fedsim("run", *TINY, "attack=spear", f"out={tmp_path}", "engine.vectorized=true", "defense=dpsgd") == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_picture_is_cropped_at_its_centre_turned_as_its_camera_says_and_laid_on_white(photograph, tmp_path):
@@ -385,6 +429,7 @@ WORDS = [
     (["attack", "/nonexistent"], "holds no run"),
     (["run", "--resume", "/nonexistent"], "is not a run's folder"),
     (["list", "defences"], "did you mean 'defenses'?"),
+    (["attack", "/nonexistent", "attack=idlg", "attacker=adaptve"], "unknown attacker 'adaptve': did you mean 'adaptive'?"),
 ]
 
 
@@ -443,6 +488,17 @@ def test_the_doctor_finds_a_sound_installation_sound(capsys):
     assert "FAIL" not in said
     for part in ("python", "torch", "torchvision", "flower", "ray", "data", "disk", "offline"):
         assert f" {part} " in said
+
+
+def test_the_doctor_goes_on_where_a_check_breaks(monkeypatch, capsys):
+    def broken() -> doctor.Finding:
+        raise ImportError("libcuda is\nelsewhere")
+
+    monkeypatch.setattr(doctor, "_cuda", broken)
+    assert fedsim("doctor") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "FAIL  cuda         ImportError: libcuda is elsewhere" in lines
+    assert any("disk" in line for line in lines)
 
 
 def test_the_doctor_names_the_cure_of_a_broken_torchvision(tmp_path):

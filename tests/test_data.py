@@ -526,7 +526,7 @@ def test_sizes_follow_their_law(kind, law):
         (lambda: Dirichlet(-1), "alpha must be > 0, got -1"),
         (lambda: Dirichlet(float("nan")), "alpha must be > 0, got nan"),
         (lambda: Dirichlet(1, min_size=0), "min_size must be a whole number >= 1, got 0"),
-        (lambda: ByClass(0), "classes_per_client must be at least 1, got 0"),
+        (lambda: ByClass(0), "partition.classes_per_client must be a whole number >= 1, got 0"),
         (lambda: ByClass(11)(LABELS, 5, 0), "classes_per_client must be at most the 10 classes there are, got 11"),
         (lambda: SizeSkewed("linar"), "unknown kind of size skew 'linar': did you mean 'linear'?"),
         (lambda: SizeSkewed("exponential")(LABELS, 50, 0), "cannot give 50 clients their share of 2003 images"),

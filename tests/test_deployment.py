@@ -272,7 +272,7 @@ def test_a_round_in_which_a_node_is_killed_ends_with_the_others_and_says_so(depl
 
 def test_nothing_is_left_of_a_deployment(deployed):
     assert len(deployed.family) >= 6  # SuperLink, two SuperNodes, a helper of each
-    assert not deployed.family & deploy.processes()
+    assert not deployed.family & guard.processes()
     assert deployed.mode == 0o700
     assert not deployed.folder.exists()
 
@@ -456,6 +456,67 @@ def test_a_client_reads_its_own_data_whatever_the_servers_path(monkeypatch):
     assert root(compose([app.ENGINE])) == "/mine/too"
 
 
+def test_a_client_builds_the_project_s_own_classes_only(tmp_path):
+    config = compose([app.ENGINE]) | {"defense": {"_target_": "os.mkdir", "path": str(tmp_path / "made")}}
+    context = Context(
+        7, 2, {"partition-id": 0, "memory": str(tmp_path)}, RecordDict(), {**app.RUN_CONFIG, "config": json.dumps(config)}
+    )
+    with pytest.raises(ValueError, match=r"_target_ 'os.mkdir' is of none of"):
+        app._answer(Message(RecordDict(), dst_node_id=2, message_type="train"), context)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "root"), [(["data=cifar10"], "/data"), (["setting=text"], None), (["setting=text", "data.root=me.txt"], "me.txt")]
+)
+def test_a_deployment_hands_its_data_to_nodes_and_no_folder_of_data_sets_for_text(words, root, monkeypatch, tmp_path):
+    class Told(Exception):
+        pass
+
+    def told(nodes: int, node_config: dict[str, str]) -> None:
+        raise Told(node_config.get("data-root"))
+
+    monkeypatch.setattr(deploy.Loopback, "of", told)
+    monkeypatch.setenv("FEDSIM_DATA", "/data")
+    with pytest.raises(Told) as raised:
+        deploy.deploy(compose([app.ENGINE, *words]), tmp_path / "run", 4)
+    assert raised.value.args[0] == (None if root is None else str(Path(root).absolute()))
+
+
+def test_what_cannot_be_deployed_is_told_before_anything_is_started():
+    config = compose([app.ENGINE, "federation.clients=3", "federation.per_round=3"])
+    for nodes, says in (
+        (1, "federation.clients=3 takes 3 SuperNodes, and there are 1"),
+        (0, "--nodes must be a whole number >= 1"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            deploy.check_nodes(config, nodes)
+    with pytest.raises(ValueError, match="name=a:b is no name of a folder on every SuperNode"):
+        deploy.check_nodes(config | {"name": "a:b"}, 3)
+
+
+def test_no_proxy_stands_between_the_processes_of_a_deployment(monkeypatch, tmp_path):
+    up = deploy.Loopback(tmp_path)
+    try:
+        monkeypatch.setenv("NO_PROXY", "example.org")
+        assert up.environment("user")["no_proxy"] == up.environment("user")["NO_PROXY"] == "example.org,127.0.0.1"
+    finally:
+        up.stop()
+
+
+def test_what_a_process_starts_as_it_ends_is_ended_too(tmp_path):
+    late = "import signal, subprocess, sys, time\n"
+    late += "def end(*_):\n    subprocess.Popen(['sleep', '300'])\n    time.sleep(1)\n    sys.exit()\n"
+    late += "signal.signal(signal.SIGTERM, end)\nprint('ready', flush=True)\ntime.sleep(300)\n"
+    up = deploy.Loopback(tmp_path)
+    up._commands["late"] = sys.executable
+    started = up.start("late", "late", "-c", late)
+    wait_for(lambda: "ready" in started.log.read_text())
+    leaders = {up._guard.pid}
+    up.stop()
+    assert not guard.family(leaders)
+
+
 class Deaf:
     """A grid on which client 2 answers nothing in round 1, and is reported lost by the SuperLink in round 2."""
 
@@ -537,8 +598,9 @@ def test_by_default_all_nodes_are_clients_of_every_round():
         (["setting=quickstart"], 4, 4),
         (["federation.per_round=2"], 4, 2),
         (["federation.clients=3"], 3, 3),
+        ([], 20, 20),
     ]:
-        federation = deploy.configured(words, 4)["federation"]
+        federation = deploy.configured(words, max(4, clients))["federation"]
         assert (federation["clients"], federation["per_round"]) == (clients, chosen), words
 
 

@@ -1,5 +1,6 @@
 """A run's folder: what is saved comes back, and a run that was killed ends as if it never had been."""
 
+import contextlib
 import multiprocessing
 import random
 import signal
@@ -51,11 +52,16 @@ def go(path: Path) -> None:
         runner.start(compose(OVERRIDES), path, "a test")
 
 
-def kill_at(path: Path, pattern: str, delay: float) -> None:
-    """Runs `go` and kills it `delay` seconds after a file like `pattern` appeared."""
+def forked() -> multiprocessing.context.ForkServerContext:
+    """Where processes come from that have imported all that takes long."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.runner", "attacks", "defenses", "datasets", "flwr_datasets.partitioner"])
-    process = context.Process(target=go, args=(path,))
+    return context
+
+
+def kill_at(path: Path, pattern: str, delay: float) -> None:
+    """Runs `go` and kills it `delay` seconds after a file like `pattern` appeared."""
+    process = forked().Process(target=go, args=(path,))
     process.start()
     until = time.monotonic() + 120
     while process.is_alive() and time.monotonic() < until and not list(path.glob(pattern)):
@@ -275,6 +281,48 @@ def test_a_checkpoint_comes_back_as_it_was_saved(folder):
         assert found.arrays[name].dtype == array.dtype
         assert np.array_equal(found.arrays[name], array)
         assert found.arrays[name].shape == array.shape
+
+
+def _begins(path: Path, seed: int) -> None:
+    small = ["data.train_size=41", "data.test_size=13", "rounds=1", "attack=none", "tap.every=null", "device=cpu"]
+    with contextlib.suppress(RunError):
+        runner.start(compose([*small, "federation.clients=3", "federation.per_round=2", f"seed={seed}"]), path, f"seed {seed}")
+
+
+def test_of_two_runs_that_begin_in_one_folder_one_is_made_and_whole(tmp_path):
+    for trial in range(4):
+        path = tmp_path / str(trial)
+        both = [forked().Process(target=_begins, args=(path, seed)) for seed in (0, 1)]
+        for one in both:
+            one.start()
+        for one in both:
+            one.join()
+        folder = RunFolder.open(path)
+        seed = folder.config["seed"]
+        assert read_json(path / "environment.json")["command"] == f"seed {seed}"
+        plain = tmp_path / f"{trial} alone"
+        _begins(plain, seed)
+        assert folder.checkpoint() is not None
+        assert_same(folder.checkpoint().tensors, RunFolder.open(plain).checkpoint().tensors)
+
+
+def test_a_folder_with_anything_in_it_is_no_new_one_and_left_as_it_is(tmp_path):
+    (tmp_path / "rounds.parquet").write_text("mine")
+    with pytest.raises(RunError, match=r"is not empty, it holds rounds.parquet: choose another name="):
+        RunFolder.create(tmp_path, {"seed": 0}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["rounds.parquet"]
+
+
+def test_a_folder_that_somebody_was_killed_in_as_he_made_it_is_made_anew(tmp_path, monkeypatch):
+    def killed(path: Path, value: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedsim.run.write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder.create(tmp_path / "run", {"seed": 0}, {})
+    assert RunFolder.create(tmp_path / "run", {"seed": 1}, {}).path == tmp_path / "run"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "config.json", "environment.json"]
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(folder):

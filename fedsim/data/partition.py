@@ -42,7 +42,7 @@ class IID:
 
 @dataclass(frozen=True)
 class Dirichlet:
-    """Each class is split among the clients in proportions drawn from Dirichlet(`alpha`); small alpha is skewed (Hsu et al. 2019).
+    """Each class is split among the clients in proportions drawn from Dirichlet(`alpha`); small alpha is skewed (Yurochkin 2019).
 
     Proportions are drawn again, ten times at most, until every client holds `min_size` images.
     """
@@ -78,8 +78,7 @@ class ByClass:
     classes_per_client: int = 2
 
     def __post_init__(self) -> None:
-        if self.classes_per_client < 1:
-            raise ValueError(f"classes_per_client must be at least 1, got {self.classes_per_client}")
+        whole("partition.classes_per_client", self.classes_per_client)
 
     def __call__(self, labels: Tensor, num_clients: int, seed: int) -> list[Tensor]:
         """Places of each client's images, ascending."""

@@ -1,11 +1,13 @@
 """Flower's simulation runtime on Ray: clients run in worker processes, on this machine or on a Ray cluster."""
 
 import importlib.util
+import os
 import re
 import socket
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
@@ -56,6 +58,10 @@ class Ray:
         if importlib.util.find_spec("ray") is None:
             raise ValueError("engine=ray needs Ray, which is not installed: pip install 'fedsim[ray]', or take engine=inline")
 
+        if self.address is None:
+            for what, wanted, there in (("cpus", self.cpus, os.cpu_count() or 1), ("gpus", self.gpus, torch.cuda.device_count())):
+                if wanted > there:
+                    raise ValueError(f"engine.{what}={wanted:g} is what one client takes, and this machine has {there}: take fewer")
         if self.address is not None and not re.fullmatch(r"[^\s:]+:\d+", str(self.address)):
             raise ValueError(f"engine.address must be HOST:PORT of a Ray cluster, got {self.address!r}")
 
