@@ -113,7 +113,7 @@ def _leaks_of(folder: RunFolder, name: str) -> pd.DataFrame:
         return leaks
     if "psnr_db" in leaks:
         leaks = leaks.fillna({"psnr_db": 0.0})
-    how = {name: json.dumps(_without_record(attack_of(folder, name)), sort_keys=True) for name in leaks["attack"].unique()}
+    how = {name: json.dumps(_without_record(attack_settings(folder, name)), sort_keys=True) for name in leaks["attack"].unique()}
     seen = leaks["seen"] if "seen" in leaks else pd.Series("update", leaks.index)  # tables of earlier versions
     method = leaks["attack"].str.removesuffix(ADAPTIVE)
     labels = [
@@ -124,7 +124,7 @@ def _leaks_of(folder: RunFolder, name: str) -> pd.DataFrame:
     return told.sort_values("attacker", ascending=False, kind="stable")
 
 
-def attack_of(folder: RunFolder, made_by: str) -> dict[str, Any] | None:
+def attack_settings(folder: RunFolder, made_by: str) -> dict[str, Any] | None:
     """The settings of the attack that made these reconstructions; None where an earlier version did not write them down."""
     later, config = folder.attacks_made(), folder.config
     if made_by in later:

@@ -39,7 +39,7 @@ from experiments.plots import (
     TRIVIAL,
     VICTIM,
     Summary,
-    attack_of,
+    attack_settings,
     furthest,
     of_text,
     sender,
@@ -101,12 +101,13 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
     text, configs = of_text(folders), {str(folder.path): folder.config for folder in folders}
     leaks, ranking = ranked(folders, leaks)
     grouped = _by_contender(folders)
+    unders = list(leaks["under"].unique())
     places = {str(folder.path): place for place, folder in enumerate(folders)}
     contenders = [_contender(name, of, rounds, leaks, places) for name, of in grouped.items()]
     points = []
     album = _Album({str(folder.path): folder for folder in folders}, places, text, blur)
     for (kind, attack), of in leaks.groupby(["kind", "attack"], sort=False):
-        points += _points(str(kind), str(attack), of, rounds, album)
+        points += [point | {"under": unders.index(point["under"])} for point in _points(str(kind), str(attack), of, rounds, album)]
     gallery = [
         {"kind": kind, "attack": attack, "victims": _gallery(of, leaks[leaks["attack"] == attack], album)}
         for (kind, attack), of in leaks.groupby(["kind", "attack"], sort=False)
@@ -253,7 +254,7 @@ def _tried(folders: Sequence[RunFolder], leaks: pd.DataFrame) -> dict[str, _Atta
         folder, told = by_run[first["run"]], [who == "adaptive" for who in ATTACKERS if (of["attacker"] == who).any()]
         own = attack == folder.config["choices"]["attack"]  # one that was made later has its unusual settings in its name
         text = label(folder.config, "attack") if own else str(attack)
-        found[str(attack)] = _Attack(text, attack_of(folder, first["made_by"]), told)
+        found[str(attack)] = _Attack(text, attack_settings(folder, first["made_by"]), told)
     return found
 
 

@@ -36,8 +36,13 @@ function drive(said) {
   set("defense", "no such", "input");
   said.nobody = [marks(), text("gallery"), size()];
   set("defense", "", "input");
+  document.getElementById("leak-axis").focus();
   set("leak-axis", "median");
+  said.focus = document.activeElement.id;
   set("cost-axis", "dense");
+  const best = () => $$("#frontier polyline[data-best]").map(line => line.dataset.best.split("; "));
+  said.best = ["both", "naive", "adaptive"].map(who => (set("attacker", who), [who, best()]));
+  set("attacker", "both");
   said.axes = $$("#frontier svg text").map(node => node.textContent);
 
   set("slider", "1", "input");

@@ -531,8 +531,23 @@ def test_filters_change_what_is_shown(driven):
     assert "Nothing matches" in driven["nobody"][1]
     assert {text.split(" ")[1] for text in driven["captions"]} == {"1", "2"}
     assert {text.split(" ")[1] for text in driven["second"]} == {"2"}
+    assert driven["focus"] == "leak-axis"
     assert any("dB" in text for text in driven["axes"])
     assert any(text.startswith("sent") for text in driven["axes"])
+
+
+@browser
+def test_the_line_joins_what_no_other_shown_beats(driven, page):
+    data = data_in(page)
+    assert len(driven["best"]) == 3
+    assert any(lines for _, lines in driven["best"])
+    for who, lines in driven["best"]:
+        every = [point for point in data["points"] if point["stage"] is None]
+        shown = [point for point in every if (point["stronger"] if who == "both" else point["attacker"] == who)]
+        at = [(point["median"], point["dense"]) for point in shown]
+        beaten = [any(x <= a and y <= b and (x, y) != (a, b) for x, y in at) for a, b in at]
+        names = {point["kind"] for point, worse in zip(shown, beaten, strict=True) if not worse}
+        assert [set(line) for line in lines] == ([names] if len(names) > 1 else [])
 
 
 @browser
