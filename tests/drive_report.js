@@ -41,7 +41,11 @@ function drive(said) {
   said.focus = document.activeElement.id;
   set("cost-axis", "dense");
   const best = () => $$("#frontier polyline[data-best]").map(line => line.dataset.best.split("; "));
+  const sent = D.points.map(p => p.dense);
+  for (const p of D.points) p.dense = p.attacker === "naive" ? 1.5 - p.median / 100 : 0.5 + p.median / 100; // costs more the less leaks
+  said.points = D.points.map(({ kind, attacker, stage, stronger, median, dense }) => ({ kind, attacker, stage, stronger, median, dense }));
   said.best = ["both", "naive", "adaptive"].map(who => (set("attacker", who), [who, best()]));
+  D.points.forEach((p, i) => p.dense = sent[i]);
   set("attacker", "both");
   said.axes = $$("#frontier svg text").map(node => node.textContent);
 
