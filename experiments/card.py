@@ -1,5 +1,6 @@
 """The threat-model card: who sees what, and which conditions of this run make its attack weak or hopeless."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,7 +89,7 @@ def _proved(setup: Setup, batch_norm: bool) -> list[tuple[str, str]]:
     z, exposures = proved.noise_multiplier, setup.exposures(rounds)
     every = [(e.rounds * e.uses, e.rate) if proved.unit == "example" else (e.rounds, 1.0) for e in exposures]
     quoted = max(quoted_epsilon(z, releases, proved.delta, rate) for releases, rate in every)
-    bound = reconstruction_bound(GUESS, z, proved.releases)
+    bound = math.ceil(1000 * reconstruction_bound(GUESS, z, proved.releases)) / 1000  # never below what is proved
     beside = "the reported training loss and number of examples" + (", BatchNorm statistics" if batch_norm else "")
     beside += f", each client's {SCORES}" if _scored(setup) else ""
     beside += "; a server that draws the noise again from the run's seed, which it knows"

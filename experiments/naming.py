@@ -47,7 +47,7 @@ def contenders(configs: Sequence[Config]) -> list[str]:
         inside = {key: value for key, value in settings.items() if key.startswith("attack")}
         trained = {key: value for key, value in settings.items() if key not in inside}
         alike.setdefault((name, None), []).append(trained)
-        alike.setdefault(("", None), []).append(trained)
+        alike.setdefault((name.removeprefix(label(config)), None), []).append(trained)  # of any defense
         alike.setdefault((name, config["choices"].get("attack")), []).append(inside)
     varied: dict[str, None] = {}
     for several in alike.values():

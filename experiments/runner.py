@@ -74,9 +74,9 @@ def check_config(config: Config) -> None:
     if needed not in (None, chosen):
         raise ConfigError(f"attack={config['choices']['attack']} reads what a malicious server plants: add server={needed}")
     strategy = build_checked("strategy", config["strategy"])
-    _check_strategy(config)
     if config["choices"].get("aggregation", "plain") != "plain":
         check_averages(strategy)
+    _check_strategy(config)
     data, clients = config["data"], config["federation"]["clients"]
     for size in ("train_size", "test_size"):
         if data.get(size) is not None:

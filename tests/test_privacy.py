@@ -454,7 +454,7 @@ def test_the_rounds_of_a_private_run_tell_what_was_spent(folders):
 def test_a_comparison_shows_the_proof_beside_the_leak(folders):
     table = drawn(plots.summarised(list(folders.values())))
     columns = {str(column.header): list(column.cells) for column in table.columns}
-    bounds = [round(100 * float(folders[name].rounds()["reconstruction_bound"].iloc[-1])) for name in ("dpsgd", "dp_fedavg")]
+    bounds = [math.ceil(100 * float(folders[name].rounds()["reconstruction_bound"].iloc[-1])) for name in ("dpsgd", "dp_fedavg")]
     assert columns["epsilon"] == ["", "4 at 1e-05", f"{epsilon(2.0, 2, 1e-5):.3g} at 1e-05"]
     assert columns["10% guess"] == ["", *(f"<= {bound}%" for bound in bounds)]
     alone = drawn(plots.summarised([folders["none"]]))
