@@ -363,9 +363,9 @@ def attack_again(
     log = _logged(folder.path / "log.txt")
     with folder.held(), log, tracked(setup, folder) as track, Progress(folder.config["rounds"]) as progress:
         for attacker in attackers(setup, attack, name, who):
+            progress.leaks(_attack(setup, folder, attacker, seen, progress, track))
             if asked is not None:
                 folder.note_attack(attacker.name, *asked)
-            progress.leaks(_attack(setup, folder, attacker, seen, progress, track))
     console.print(f"  {name}: {progress.leak()}; {folder.path}")
 
 
