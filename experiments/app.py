@@ -29,7 +29,7 @@ from flwr.serverapp import Grid, ServerApp
 from experiments.config import Config, ConfigError, build_checked, compose
 from fedsim.client import client_app, client_of
 from fedsim.engines.deployment import Deployment
-from fedsim.files import write_bytes
+from fedsim.files import is_name, write_bytes
 from fedsim.secure_rounds import STEPS
 from fedsim.setup import check_targets
 
@@ -91,7 +91,7 @@ def client_config(context: Context) -> Config:
 
 def is_folder(name: str) -> bool:
     """Whether a run may be called so wherever a SuperNode runs: it names a folder, and no place elsewhere."""
-    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0:")
+    return is_name(name) and not any(sign in name for sign in "\\\0:")
 
 
 def memory_of(context: Context, run: str) -> Path:

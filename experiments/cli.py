@@ -281,8 +281,8 @@ def _multirun(base: Path) -> int:
     from experiments import runner
     from experiments.progress import console
     from fedsim.errors import FederationError
-    from fedsim.files import read_json
-    from fedsim.run import RunError, RunFolder, check_no_links, is_name
+    from fedsim.files import is_name, read_json
+    from fedsim.run import RunError, RunFolder, check_no_links
     from fedsim.setup import check_targets
 
     check_no_links(base)
@@ -570,24 +570,23 @@ def _place(configs: "list[Config]", multirun: bool) -> Iterator[Path]:
         yield out / configs[0]["name"]
         return
     what = "compare" if multirun else f"{chosen['defense']}-{chosen['attack']}"
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{what}"
-    names = itertools.chain([name], (f"{name}_again{i}" for i in itertools.count(2)))
-    base = next(out / name for name in names if not (out / name).exists())
-    missing = [path for path in (base, *base.parents) if not path.exists()]
-    while True:
+    first = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{what}"
+    names = itertools.chain([first], (f"{first}_again{i}" for i in itertools.count(2)))
+    missing = [path for path in (out, *out.parents) if not path.exists()]
+    for name in names:
+        base = out / name
         try:
             base.mkdir(parents=True)
             break
         except FileExistsError:
-            base = out / next(names)
-            missing[0] = base
+            continue
         except OSError as error:
             raise RunError(f"cannot write to {out}: {error.strerror}; choose another folder with out=") from None
     try:
         yield base
     except BaseException:
         with contextlib.suppress(OSError):  # something is in it
-            for path in missing:
+            for path in (base, *missing):
                 path.rmdir()
         raise
 

@@ -53,7 +53,6 @@ def configured(overrides: Sequence[str], nodes: int) -> Config:
     """
     from experiments.app import ENGINE
 
-    whole("--nodes", nodes)
     said = {override.split("=", 1)[0] for override in overrides}
     ours = [f"federation.clients={nodes}"] if "federation.clients" not in said else []
     config = compose([ENGINE, *ours, *overrides])

@@ -34,8 +34,9 @@ from fedsim.defense import check_model
 from fedsim.engines.deployment import Deployment
 from fedsim.engines.inline import Inline
 from fedsim.federation import Checkpoint, Engine, Round
+from fedsim.files import is_name
 from fedsim.observation import SUM, Observation, Reconstruction
-from fedsim.run import RunError, RunFolder, is_name
+from fedsim.run import RunError, RunFolder
 from fedsim.secure_rounds import check_averages
 from fedsim.seeding import generator
 from fedsim.setup import Setup, check_targets, device_of, one_thread, setup_of

@@ -65,6 +65,11 @@ def write_with(path: Path, write: Callable[[str], object], before: Path | None =
 _BEGUN = re.compile(r"\..+(\.\w+)\.[a-z0-9_]{8}\1")
 
 
+def is_name(text: str) -> bool:
+    """Whether a file or folder can be called so, and stay in the folder it is made in."""
+    return Path(text).name == text and text not in ("", "..")
+
+
 def is_begun(path: Path) -> bool:
     """Whether a file is one that `write_with` began and was killed before it moved it to its place."""
     return bool(_BEGUN.fullmatch(path.name)) and path.is_file()

@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fedsim.federation import Checkpoint
-from fedsim.files import Damaged, is_begun, read_json, read_table, read_tensors, write_json, write_table, write_tensors
+from fedsim.files import Damaged, is_begun, is_name, read_json, read_table, read_tensors, write_json, write_table, write_tensors
 from fedsim.observation import SUM, Observation, Reconstruction, Trace
 from fedsim.setup import DRAWN, Setup, check_targets, setup_of
 from fedsim.wire import from_bytes, to_bytes
@@ -59,13 +59,12 @@ class RunFolder:
     def create(cls, path: Path, config: Mapping[str, Any], environment: Mapping[str, Any]) -> "RunFolder":
         """A new folder. Raises RunError when there is a run in it already, or anything else."""
         folder = cls(path)
-        with folder._made():
-            write_json(path / "environment.json", environment)
-            write_json(path / "config.json", config)
+        with folder._made(config, environment):
+            pass
         return folder
 
     @contextlib.contextmanager
-    def _made(self) -> Iterator[None]:
+    def _made(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> Iterator[None]:
         """Inside, the folder is there and this process alone makes a run of it; one that was killed in here is made anew."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -74,6 +73,8 @@ class RunFolder:
                 self._check_free()
                 (self.path / BEGUN).touch()
                 yield
+                write_json(self.path / "environment.json", environment)
+                write_json(self.path / "config.json", config)
                 (self.path / BEGUN).unlink()
         except OSError as error:
             raise RunError(f"cannot write to {self.path}: {error.strerror}; choose another folder with out=") from None
@@ -88,12 +89,10 @@ class RunFolder:
     def branch(cls, source: "RunFolder", path: Path, config: Mapping[str, Any], environment: Mapping[str, Any]) -> "RunFolder":
         """A new folder with what another run learned and saw, and nothing of its attacks. Raises RunError as `create`."""
         folder = cls(path)
-        with folder._made():
+        with folder._made(config, environment):
             for name in (*FOLDERS, *FILES):
                 if (source.path / name).exists():
                     copied(source.path / name, path / name)
-            write_json(path / "environment.json", environment)
-            write_json(path / "config.json", config)
         return folder
 
     @classmethod
@@ -486,11 +485,6 @@ def copied(source: Path, target: Path) -> None:
                 os.link(file, made)
                 continue
         shutil.copyfile(file, made)
-
-
-def is_name(text: str) -> bool:
-    """Whether a file or folder can be called so, and stay in the folder it is made in."""
-    return Path(text).name == text and text not in ("", "..")
 
 
 def check_no_links(folder: Path) -> None:

@@ -315,12 +315,15 @@ def test_a_folder_with_anything_in_it_is_no_new_one_and_left_as_it_is(tmp_path):
 
 def test_a_folder_that_somebody_was_killed_in_as_he_made_it_is_made_anew(tmp_path, monkeypatch):
     def killed(path: Path, value: object) -> None:
-        raise KeyboardInterrupt
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        write_json(path, value)
 
     with monkeypatch.context() as patch:
         patch.setattr("fedsim.run.write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             RunFolder.create(tmp_path / "run", {"seed": 0}, {})
+    assert (tmp_path / "run" / "environment.json").exists()
     assert RunFolder.create(tmp_path / "run", {"seed": 1}, {}).path == tmp_path / "run"
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "config.json", "environment.json"]
 
