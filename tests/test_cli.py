@@ -396,11 +396,6 @@ def test_runs_have_a_folder_to_be_in(capsys):
     assert "out must be a folder, got None" in capsys.readouterr().err
 
 
-def test_a_run_that_is_refused_leaves_no_folder(tmp_path, capsys):
-    assert fedsim("run", *TINY, "attack=spear", f"out={tmp_path}", "engine.vectorized=true", "defense=dpsgd") == 2
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_picture_is_cropped_at_its_centre_turned_as_its_camera_says_and_laid_on_white(photograph, tmp_path):
     green = invert.read(photograph, (3, 13, 13))
     assert green.shape == (3, 13, 13)
