@@ -37,9 +37,9 @@ from scipy import stats
 from attacks.metrics import BARS, wilson
 from experiments.config import Config
 from experiments.naming import conditions, label
-from experiments.plots import LAST, PERFECT, Summary
 from experiments.scoring import ADAPTIVE
 from experiments.statistics import LEVEL, ROUNDING, bounded_mean, holm
+from experiments.summary import LAST, PERFECT, Summary
 from fedsim.checks import one_of
 from fedsim.files import read_json
 from fedsim.run import RunFolder

@@ -312,8 +312,9 @@ def _multirun(base: Path) -> int:
 
 
 def _finish(folders: "list[RunFolder]", figures: Path, formats: Sequence[str] = ("png", "svg")) -> int:
-    from experiments.plots import draw, summarised
+    from experiments.plots import draw
     from experiments.progress import console
+    from experiments.summary import summarised
     from experiments.table import drawn
 
     console.print(drawn(summarised(folders)))
@@ -370,8 +371,8 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 
 def _table(arguments: argparse.Namespace) -> int:
-    from experiments.plots import summarised
     from experiments.study import distinct
+    from experiments.summary import summarised
     from experiments.table import FORMATS, written
     from fedsim.checks import one_of
     from fedsim.run import iterate

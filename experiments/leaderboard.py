@@ -14,10 +14,10 @@ import pandas as pd
 
 from attacks.metrics import Rate
 from experiments.naming import conditions, contender, label
-from experiments.plots import KNOWING, LAST, MARGIN, Summary, against_none, row_name, summarised, tables
-from experiments.report import Row, ranked
+from experiments.ranking import Row, ranked
 from experiments.statistics import Difference
 from experiments.study import distinct
+from experiments.summary import KNOWING, LAST, MARGIN, Summary, against_none, row_name, summarised, tables
 from experiments.table import markdown_rows
 from fedsim.files import read_json, write_bytes
 from fedsim.run import RunFolder

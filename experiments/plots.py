@@ -1,17 +1,15 @@
-"""Figures and the summary table of one run or of several, compared by defense; runs that differ in seed alone are one defense.
+"""Figures of one run or of several, compared by defense; runs that differ in seed alone are one defense.
 
 Every figure is written as PNG and as SVG, or as asked. Colours are those of Okabe and Ito (2008), which colour-blind readers tell
 apart, and each defense has a marker of its own as well.
 """
 
-import itertools
 import json
 import math
 import textwrap
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,32 +23,37 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from attacks.metrics import BARS, Rate, success_rates
+from attacks.metrics import Rate
 from experiments.canvas import COLOURS, MARKERS, STYLE, frame, picture, save
-from experiments.card import GUESS
-from experiments.naming import conditions, contenders, without_defense
 from experiments.pictures import draw_trace
-from experiments.progress import size
-from experiments.scoring import ADAPTIVE, STOLEN_MSE, STOLEN_TOKENS
-from experiments.statistics import Difference, holm, paired
+from experiments.scoring import STOLEN_MSE, STOLEN_TOKENS
+from experiments.statistics import Difference
+from experiments.summary import (
+    KNOWING,
+    MARGIN,
+    PERFECT,
+    against_none,
+    furthest,
+    in_order,
+    leaks_of,
+    named,
+    of_text,
+    seeds_of,
+    sender,
+    tables,
+)
 from fedsim.files import write_bytes
 from fedsim.observation import SUM
 from fedsim.run import RunFolder
 
-TRIVIAL = {"grey": "a grey card", "mean_image": "the mean image", "mean_colour": "its mean colour"}  # what knowing nothing makes
-VICTIM = ("under", "seed", "seen", "round", "client", "image")  # who a victim is; seeds decide who is attacked
-KNOWING = ", adaptive"  # ends the label of an attacker who knows the defense
 MEDIAN, WORST = "#0072B2", "#D55E00"
 ATTACKERS = (  # in figures with a row for each defense: name, what it says, colour, marker, place beside the row's middle
     ("naive", "does not know the defense", MEDIAN, "o", -0.15),
     ("adaptive", "knows it", WORST, "D", 0.15),
 )
-PERFECT = 60.0  # dB; better than any eye, and an exact copy has no finite PSNR
-MARGIN = 0.02  # of accuracy: what a defense may cost and still count as equivalent to none
 FEW = 8  # contenders that a legend inside the axes has room for
 COLUMN = 30  # of a legend beside them
 PAGE = 16  # rows of pictures in one file
-LAST = 5  # evaluations that a run's accuracy is averaged over where it is tested; a single one jitters
 
 
 def draw(folders: Sequence[RunFolder], out: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
@@ -66,7 +69,7 @@ def draw(folders: Sequence[RunFolder], out: Path, formats: Sequence[str] = ("png
             made.append(keep(_accuracy(rounds), out / "accuracy"))
             made.append(keep(_bytes(rounds), out / "accuracy_against_bytes"))
         if costs := against_none(folders, rounds):
-            made.append(keep(_differences(costs, _in_order(rounds["defense"])), out / "accuracy_difference"))
+            made.append(keep(_differences(costs, in_order(rounds["defense"])), out / "accuracy_difference"))
         for attack in leaks["attack"].unique() if len(leaks) else ():
             made.append(keep(_leak(leaks, attack, TEXTS if text else IMAGES), out / f"leak_{attack}"))
             if text:
@@ -81,253 +84,6 @@ def draw(folders: Sequence[RunFolder], out: Path, formats: Sequence[str] = ("png
                 made.append(keep(_pareto(rounds, leaks, attack, what), out / f"accuracy_against_leak_{attack}"))
         made.append(keep(_partition(folders[0]), out / "partition"))
     return made
-
-
-def tables(folders: Sequence[RunFolder]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rounds and leaks of all runs, with the columns `run`, `seed` and `defense`: what a run is called among these; of a leak, see
-    `_leaks_of`, and `under`: the conditions."""
-    rounds, leaks = [], []
-    for folder, name in _named(folders):
-        about = {"run": str(folder.path), "defense": name, "seed": folder.config["seed"]}
-        rounds.append(folder.rounds().assign(**about))
-        leaks.append(_leaks_of(folder, name).assign(run=about["run"], seed=about["seed"], under=conditions(folder.config)))
-    every = _joined(leaks, [])
-    # A victim whom runs alike in all that matters have both attacked alike is one.
-    once = every.drop_duplicates([*VICTIM, "defense", "attack", "how", "attacker"], ignore_index=True) if len(every) else every
-    return _joined(rounds, ["accuracy", "defense", "run", "round"]).astype({"accuracy": float}), once
-
-
-def _named(folders: Sequence[RunFolder]) -> list[tuple[RunFolder, str]]:
-    return list(zip(folders, contenders([folder.config for folder in folders]), strict=True))
-
-
-def _leaks_of(folder: RunFolder, name: str) -> pd.DataFrame:
-    """The leaks of a run of this name, with a label for each kind of victim and attacker.
-
-    Where updates are masked, those of masked ones and of sums have labels of their own, and so have those of an attacker who knew
-    the defense, which come last. `attack` is then the method both used, `how` its settings, and `made_by` names what it made. What
-    is no number is as far off as can be, and has 0 dB.
-    """
-    leaks = folder.leaks()
-    if not len(leaks):
-        return leaks
-    if "psnr_db" in leaks:
-        leaks = leaks.fillna({"psnr_db": 0.0})
-    how = {name: json.dumps(_without_record(attack_settings(folder, name)), sort_keys=True) for name in leaks["attack"].unique()}
-    seen = leaks["seen"] if "seen" in leaks else pd.Series("update", leaks.index)  # tables of earlier versions
-    method = leaks["attack"].str.removesuffix(ADAPTIVE)
-    labels = [
-        (name if what == "update" else f"{name}: {what}") + (KNOWING if adaptive else "")
-        for what, adaptive in zip(seen, leaks["attacker"] == "adaptive", strict=True)
-    ]
-    told = leaks.assign(seen=seen, defense=labels, made_by=leaks["attack"], attack=method, how=leaks["attack"].map(how))
-    return told.sort_values("attacker", ascending=False, kind="stable")
-
-
-def attack_settings(folder: RunFolder, made_by: str) -> dict[str, Any] | None:
-    """The settings of the attack that made these reconstructions; None where an earlier version did not write them down."""
-    later, config = folder.attacks_made(), folder.config
-    if made_by in later:
-        return dict(later[made_by]["attack"])
-    return config["attack"] if made_by.removesuffix(ADAPTIVE) == config["choices"]["attack"] else None
-
-
-def _without_record(attack: dict[str, Any] | None) -> dict[str, Any] | None:
-    return attack and {key: value for key, value in attack.items() if key != "record"}
-
-
-def of_text(folders: Sequence[RunFolder]) -> bool:
-    """Whether these runs are on text. Raises ValueError when some are and some are not: there is nothing to compare."""
-    kinds = {folder.config["data"]["name"] == "text" for folder in folders}
-    if len(kinds) > 1:
-        raise ValueError("runs on text and on images cannot be compared: plot one kind at a time")
-    return kinds == {True}
-
-
-def _joined(tables: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
-    filled = [table for table in tables if len(table)]
-    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=columns)
-
-
-def against_none(folders: Sequence[RunFolder], rounds: pd.DataFrame) -> dict[str, Difference]:
-    """How the accuracy of each defense differs from that of no defense under the same conditions, seed by seed; worse and better
-    are claimed under Holm's correction.
-
-    A run's accuracy is the mean of its last evaluations. A defense is left out that shares fewer than two seeds with none.
-    """
-    none: dict[str, dict[int, float]] = defaultdict(dict)
-    others: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
-    for folder in folders:
-        of, config = rounds[rounds["run"] == str(folder.path)].sort_values("round"), folder.config
-        tested = of[of["round"] > 0].dropna(subset="accuracy")  # round 0 is the untrained model
-        if len(tested) and of["round"].iloc[-1] == config["rounds"]:  # one that was stopped has learned less
-            under = conditions(config) + json.dumps(config.get("evaluate"))  # which decides what is averaged
-            ends = none[under] if without_defense(config) else others[of["defense"].iloc[0], under]
-            # Runs that differ in their attack only have learned the same, and are one.
-            ends[config["seed"]] = float(tested["accuracy"].tail(LAST).mean())
-    costs = {}
-    for (defense, under), ends in others.items():  # conditions are part of the name where there are several
-        if len(seeds := sorted(ends.keys() & none[under].keys())) > 1:
-            costs[defense] = paired([ends[seed] for seed in seeds], [none[under][seed] for seed in seeds], MARGIN)
-    adjusted = holm([cost.p_different for cost in costs.values()])
-    return {defense: replace(cost, p_different=p) for (defense, cost), p in zip(costs.items(), adjusted, strict=True)}
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A table of text, for `experiments.table` to show and to write.
-
-    rows     what each defense costs and what it stops, a row for each attacker
-    guesses  what knowing nothing scores, in the same columns
-    notes    what stands below it, in lines
-    words    whether its cells are words, set flush left, or numbers
-    """
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    guesses: list[list[str]]
-    notes: list[str]
-    words: bool = False
-
-
-def summarised(folders: Sequence[RunFolder]) -> Summary:
-    """What each defense costs and what it stops, with n and 95 % Wilson intervals."""
-    rounds, leaks = tables(folders)
-    costs = against_none(folders, rounds)
-    attacks = list(leaks["attack"].unique()) if len(leaks) else ["none"]
-    who = f", by {attacks[0]}" if len(attacks) == 1 else ""
-    text = of_text(folders)
-    bar = f"{STOLEN_TOKENS:.0%} of a sentence's words in place" if text else f"MSE < {STOLEN_MSE} on pixels in [0, 1]"
-    title = f"stolen: {bar}{who}; adaptive: by an attacker who knows the defense, else by one who does not"
-    scores = (
-        ("stolen", "words found", "in place", "ROUGE-L", "exact", "not converged")
-        if text
-        else ("stolen", *list(BARS)[1:], "not converged", "PSNR", "labels")
-    )
-    proofs = ("epsilon", f"{GUESS:.0%} guess") if "epsilon" in rounds else ()  # no column where nobody has one
-    compared = ("against none",) if costs else ()
-    columns = ["defense", "accuracy", *compared, "sent", "of dense", *proofs, *scores]
-    rows = []
-    for defense in _in_order(rounds["defense"]):
-        every = rounds[rounds["defense"] == defense]
-        of = furthest(every)
-        final = of.dropna(subset="accuracy").sort_values("round").groupby("run")["accuracy"].last()
-        sent = of.groupby("run")["bytes_up"].sum().mean()
-        share = of["bytes_up"].sum() / max(1, of["bytes_up_dense"].sum())
-        cost = [_cost(costs[defense]) if defense in costs else ""] if compared else []
-        cells = [f"{final.mean():.1%}" if len(final) else "", *cost, size(sent), f"{share:.1%}", *(_proof(of) if proofs else [])]
-        here = leaks[leaks["run"].isin(every["run"])] if len(leaks) else leaks
-        leaked = _text_cells if text else _leak_cells
-        if not len(here):
-            rows.append([defense, *cells, *leaked(here)])
-        for label, attack in itertools.product(_in_order(here["defense"]), attacks) if len(here) else ():
-            if len(victims := here[(here["defense"] == label) & (here["attack"] == attack)]):
-                rows.append([row_name(label, attack, attacks), *cells, *leaked(victims)])
-    notes = [note for note in (_compared(costs), _found(folders)) if note]
-    return Summary(title, columns, rows, _guesses(leaks, attacks[0], len(compared + proofs), text), notes)
-
-
-def furthest(rounds: pd.DataFrame) -> pd.DataFrame:
-    """The rounds of those runs that came as far as any: what one that broke off had learned and sent is no end to average."""
-    ends = rounds.groupby("run")["round"].transform("max")
-    return rounds[ends == ends.max()]
-
-
-def row_name(label: str, attack: str, attacks: Sequence[str]) -> str:
-    """What a row of the summary is called: by its label (see `_leaks_of`), and by the attack where there are several."""
-    return label if len(attacks) == 1 else f"{label}, {attack}"
-
-
-def _guesses(leaks: pd.DataFrame, attack: str, blank: int, text: bool) -> list[list[str]]:
-    if not len(leaks):
-        return []
-    # Each victim once: defenses and attacks mostly have the same ones, and a guess scores the same on them.
-    scores = ["typical_token_accuracy"] if text else [f"{name}_mse" for name in TRIVIAL]
-    first = leaks[leaks["attack"] == attack].drop_duplicates(["seed", "round", "client", "image", *scores])
-    before = ["", "", "", *[""] * blank]
-    if text:
-        passed = int((first["typical_token_accuracy"] >= STOLEN_TOKENS).sum())
-        shares = [f"{first[f'typical_{score}'].mean():.0%}" for score in ("token_accuracy", "rougeL")]
-        return [["the usual words", *before, str(Rate(passed, len(first))), "", *shares, "", ""]]
-    return [[what, *before, *_bars(first, f"{name}_"), "", _median(first, f"{name}_"), ""] for name, what in TRIVIAL.items()]
-
-
-def _cost(cost: Difference) -> str:
-    """In percentage points, in two lines: the table is wide already."""
-    mean, low, high = (f"{100 * value:+z.1f}" for value in (cost.mean, cost.low, cost.high))
-    return f"{mean} [{low}, {high}]\n{cost.verdict}"
-
-
-def _compared(costs: dict[str, Difference]) -> str | None:
-    """What the column "against none" holds, in a line."""
-    if not costs:
-        return None
-    told = f", Holm over {len(costs)} comparisons" if len(costs) > 1 else ""
-    return (
-        f"against none: percentage points of accuracy (mean of the last {LAST} evaluations), 90 % t-interval over {_seeds(costs)}; "
-        f"equivalent: within {100 * MARGIN:.0f} points (TOST, 5 %); worse or better: paired t-test (5 %{told})"
-    )
-
-
-def _seeds(costs: dict[str, Difference]) -> str:
-    """How many seeds the differences were taken over."""
-    least, most = min(cost.n for cost in costs.values()), max(cost.n for cost in costs.values())
-    return f"{least} seeds" if least == most else f"{least} to {most} seeds"
-
-
-def _proof(rounds: pd.DataFrame) -> tuple[str, str]:
-    """Epsilon in the end, and how often a reconstruction succeeds at most when a blind guess has `GUESS`; empty without a proof."""
-    last = rounds.sort_values("round").groupby("run").last()
-    if last["epsilon"].isna().any():
-        return "", ""
-    worst = last.sort_values("epsilon").iloc[-1]
-    bound = math.ceil(100 * worst["reconstruction_bound"]) / 100  # never below what is proved
-    return f"{worst['epsilon']:.3g} at {worst['delta']:g}", f"<= {bound:.0%}"
-
-
-def _found(folders: Sequence[RunFolder]) -> str | None:
-    """A line for each kind of thing that clients' inspections found."""
-    lines = []
-    for folder, name in _named(folders):
-        found = folder.findings()
-        for check, of in found.groupby("check", sort=False) if len(found) else ():
-            sent = f", {of.loc[of['refused'], 'client'].nunique()} of them sent nothing" if of["refused"].any() else ""
-            who = f"{of['client'].nunique()} clients found {check}, first in round {of['round'].min()}{sent}"
-            lines.append(f"{name}: {who}: {of['says'].iloc[0]}")
-    return "\n".join(lines) or None
-
-
-def _leak_cells(victims: pd.DataFrame) -> list[str]:
-    n = len(victims)
-    if not n:
-        return [""] * 6
-    lost = f"{int((victims['verdict'] == 'not converged').sum())}/{n}"
-    return [*_bars(victims), lost, _median(victims), f"{int(victims['label_right'].sum())}/{n}"]
-
-
-def _text_cells(victims: pd.DataFrame) -> list[str]:
-    n = len(victims)
-    if not n:
-        return [""] * 6
-    means = [f"{victims[score].mean():.0%}" for score in ("tokens_found", "token_accuracy", "rougeL")]
-    verdicts = list(victims["verdict"])
-    lost = f"{verdicts.count('not converged')}/{n}"
-    return [str(Rate(verdicts.count("stolen"), n)), *means, f"{int(victims['exact'].sum())}/{n}", lost]
-
-
-def _bars(victims: pd.DataFrame, of: str = "") -> list[str]:
-    """How many pass each bar, with 95 % Wilson intervals; n is in the first cell."""
-    first, *others = success_rates(victims, of).values()
-    return [str(first), *(str(rate).replace(f"/{rate.n}", "") for rate in others)]
-
-
-def _median(victims: pd.DataFrame, of: str = "") -> str:
-    return f"{victims[f'{of}psnr_db'].median():.1f} dB"
-
-
-def _in_order(values: pd.Series) -> list[str]:
-    return list(dict.fromkeys(values))
 
 
 def _look(index: int) -> dict[str, Any]:
@@ -370,7 +126,7 @@ def _percent(axis: Any) -> None:
 
 def _accuracy(rounds: pd.DataFrame) -> Figure:
     figure, axes = _figure(entries=rounds["defense"].nunique())
-    for i, defense in enumerate(_in_order(rounds["defense"])):
+    for i, defense in enumerate(in_order(rounds["defense"])):
         _band(axes, rounds[rounds["defense"] == defense], "round", "accuracy", defense, i)
     axes.set(xlabel="round", ylabel="accuracy on the test set", ylim=(0, None), title="What the defense costs: accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -381,7 +137,7 @@ def _accuracy(rounds: pd.DataFrame) -> Figure:
 
 def _bytes(rounds: pd.DataFrame) -> Figure:
     figure, axes = _figure(entries=rounds["defense"].nunique())
-    for i, defense in enumerate(_in_order(rounds["defense"])):
+    for i, defense in enumerate(in_order(rounds["defense"])):
         of = rounds[rounds["defense"] == defense].sort_values(["run", "round"])
         of = of.assign(megabytes=of.groupby("run")["bytes_up"].cumsum() / 1e6)
         # Runs of one defense send nearly the same each round: their mean is drawn against the mean of their bytes.
@@ -415,7 +171,7 @@ def _differences(costs: dict[str, Difference], defenses: list[str]) -> Figure:
     axes.set_yticks(range(len(costs)), names)
     axes.grid(False, axis="y")
     shaded = f"shaded: {100 * MARGIN:.0f} points, the margin"
-    axes.set(ylim=(len(costs) - 0.4, -0.6), xlabel=f"percentage points of accuracy\n90 % interval, {_seeds(costs)}; {shaded}")
+    axes.set(ylim=(len(costs) - 0.4, -0.6), xlabel=f"percentage points of accuracy\n90 % interval, {seeds_of(costs)}; {shaded}")
     axes.set_title("What the defense costs: accuracy against none")
     return figure
 
@@ -459,7 +215,7 @@ def _leak(leaks: pd.DataFrame, attack: str, shown: _Leak) -> Figure:
         return _leak_in_rows(leaks, attack, shown)
     figure, axes = _figure(8.0, 4.0)
     every = sorted(leaks["round"].unique())
-    defenses = _in_order(leaks["defense"])
+    defenses = in_order(leaks["defense"])
     for i, defense in enumerate(defenses):
         of, look = leaks[leaks["defense"] == defense], _look(i)
         place = {round: j + (i - (len(defenses) - 1) / 2) * 0.12 for j, round in enumerate(every)}
@@ -492,7 +248,7 @@ def _leak(leaks: pd.DataFrame, attack: str, shown: _Leak) -> Figure:
 def _leak_in_rows(leaks: pd.DataFrame, attack: str, shown: _Leak) -> Figure:
     """Of many defenses, a row each, all rounds together."""
     contenders = leaks["defense"].str.removesuffix(KNOWING)
-    rows = _in_order(contenders)
+    rows = in_order(contenders)
     names = 0.067 * max(map(len, rows))  # inches, at 8 points
     figure, axes = _figure(max(8.0, names + 5.0), 0.27 * len(rows) + 1.6)
     for who, says, colour, marker, shift in ATTACKERS:
@@ -532,7 +288,7 @@ def _pareto(rounds: pd.DataFrame, leaks: pd.DataFrame, attack: str, what: str) -
     if leaks["defense"].nunique() > 2 * FEW:
         return _pareto_in_rows(rounds, leaks, attack, what)
     figure, axes = _figure(8.0, 4.0, entries=leaks["defense"].nunique())
-    for i, defense in enumerate(_in_order(leaks["defense"])):
+    for i, defense in enumerate(in_order(leaks["defense"])):
         victims = leaks[leaks["defense"] == defense]
         final, (rate, reach) = _final(rounds, victims), _rate(victims)
         axes.errorbar(
@@ -589,7 +345,7 @@ def _pareto_in_rows(rounds: pd.DataFrame, leaks: pd.DataFrame, attack: str, what
 def _sentences(leaks: pd.DataFrame, attack: str, path: Path, most: int = 24) -> Path:
     """What was written and what was read of it, despite each defense: a table in Markdown, `most` rows for each at most."""
     lines = [f"# What {attack} read", ""]
-    for defense in _in_order(leaks["defense"]):
+    for defense in in_order(leaks["defense"]):
         of = leaks[(leaks["attack"] == attack) & (leaks["defense"] == defense)].sort_values(["round", "client", "image"])
         some = of.iloc[np.unique(np.linspace(0, len(of) - 1, most).round().astype(int))] if len(of) else of
         lines += [f"## defense: {defense}", "", "| round | client | written | read | in place |", "| --- | --- | --- | --- | --- |"]
@@ -609,11 +365,11 @@ def _pictures(folders: Sequence[RunFolder], attack: str, columns: int = 8) -> li
     """Pages of what was stolen despite each defense, of the same victims on all."""
     seen: set[str] = set()
     of_same: dict[str, _Rows] = {}  # by where their originals come from
-    for folder, name in _named(folders):
-        leaks, config = _leaks_of(folder, name), folder.config
+    for folder, name in named(folders):
+        leaks, config = leaks_of(folder, name), folder.config
         leaks = leaks[leaks["attack"] == attack] if len(leaks) else leaks
         whose = json.dumps([config[key] for key in ("data", "partition", "federation", "seed")], sort_keys=True)
-        for label in _in_order(leaks["defense"]) if len(leaks) else ():
+        for label in in_order(leaks["defense"]) if len(leaks) else ():
             if label not in seen:  # the first of its seeds
                 seen.add(label)
                 of = leaks[leaks["defense"] == label].set_index(["round", "client", "image"])
@@ -672,8 +428,8 @@ def _page(rows: _Rows, victims: pd.Index, attack: str) -> Figure:
 def _traces(folders: Sequence[RunFolder], attack: str, out: Path, formats: Sequence[str]) -> list[Path]:
     """How the worst and the median leak of each run came about, of those whose attack recorded it."""
     made = []
-    for folder, name in _named(folders):
-        leaks = _leaks_of(folder, name)
+    for folder, name in named(folders):
+        leaks = leaks_of(folder, name)
         leaks = leaks[leaks["attack"] == attack].sort_values("mse") if len(leaks) else leaks
         for place in sorted({0, (len(leaks) - 1) // 2}) if len(leaks) else ():
             round, client, image, at = (int(leaks.iloc[place][key]) for key in ("round", "client", "image", "reconstruction"))
@@ -686,11 +442,6 @@ def _traces(folders: Sequence[RunFolder], attack: str, out: Path, formats: Seque
                 about = f"by {attack} from client {client}{' in a sum' * bool(through)} in round {round} of {folder.path.name}"
                 made += draw_trace(trace, truth, out / file, about, at=at, formats=formats)
     return made
-
-
-def sender(leak: pd.Series, client: int) -> int:
-    """Whose reply a client's image was taken out of: its own, or the sum."""
-    return SUM if leak["seen"].startswith("sum") else client
 
 
 def _row_title(axes: Axes, text: str) -> None:

@@ -4,68 +4,38 @@ Numbers are computed here, from the runs' tables; the page, `report.html` beside
 from a configuration gets into the page as text, never as markup.
 """
 
-import base64
-import functools
 import html
-import io
-import itertools
 import json
 import math
-import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from PIL import Image
-from scipy import stats
-from torch import Tensor
 
-from attacks.metrics import BARS, Rate, success_rates
+from attacks.metrics import BARS
 from experiments import claims
+from experiments.album import Album
 from experiments.card import GUESS, card, obstacles
-from experiments.config import GROUPS, Config, ConfigError, compose
+from experiments.config import Config
 from experiments.naming import contender, contenders, label, leaves, without_defense
-from experiments.pictures import moments
-from experiments.plots import (
-    IMAGES,
-    KNOWING,
-    PERFECT,
-    TEXTS,
-    TRIVIAL,
-    VICTIM,
-    Summary,
-    attack_settings,
-    furthest,
-    of_text,
-    sender,
-    summarised,
-    tables,
-)
+from experiments.plots import IMAGES, TEXTS
 from experiments.progress import size
+from experiments.ranking import ATTACKERS, Row, counts_of, ranked, strength
+from experiments.replay import replay
 from experiments.scoring import ADAPTIVE, STOLEN_MSE, STOLEN_TOKENS, is_told_labels
-from experiments.statistics import LEVEL
 from experiments.study import ABOUT, distinct
-from fedsim.files import read_json, write_bytes
+from experiments.summary import TRIVIAL, VICTIM, Summary, attack_settings, furthest, of_text, summarised, tables
+from fedsim.files import finite, read_json, write_bytes
 from fedsim.run import RunFolder
 from fedsim.setup import build, setup_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PICTURES = 12  # victims of each contender in the gallery
-FRAMES = 20  # of an animation
 MOST = 14_000_000  # bytes of a page; pictures that would make it larger are left out
-STILLS = 0.7  # share of the room for pictures that still ones may take
-QUOTES = 3  # bytes that JSON puts around a picture
-PLACES = len('"truth":99999,"stolen":99999,"film":99999,')  # what a victim's pictures add to what is said of it
 CURVE = 200  # points of an accuracy curve
-LEAST = math.ceil(-math.log2(LEVEL))  # thefts that have to fail before a sign test can show anything: 2^-5 < 5 %
-ATTACKERS = ("naive", "adaptive")
-
-Row = dict[str, Any]
 
 
 def write(folders: Sequence[RunFolder], path: Path, command: str, *, blur: bool = False) -> int:
@@ -105,7 +75,7 @@ def data_of(folders: Sequence[RunFolder], command: str, *, blur: bool = False) -
     places = {str(folder.path): place for place, folder in enumerate(folders)}
     contenders = [_contender(name, of, rounds, leaks, places) for name, of in grouped.items()]
     points = []
-    album = _Album({str(folder.path): folder for folder in folders}, places, text, blur)
+    album = Album({str(folder.path): folder for folder in folders}, places, text, blur)
     for (kind, attack), of in leaks.groupby(["kind", "attack"], sort=False):
         points += [point | {"under": unders.index(point["under"])} for point in _points(str(kind), str(attack), of, rounds, album)]
     gallery = [
@@ -170,22 +140,6 @@ def _section(key: str, title: str, table: Summary) -> Row:
     return {"id": key, "section": title} | asdict(table)
 
 
-def ranked(folders: Sequence[RunFolder], leaks: pd.DataFrame) -> tuple[pd.DataFrame, list[Row]]:
-    """These leaks with what tells victims and defenses apart, and a line for each defense and attack, the least leak first."""
-    configs = {str(folder.path): folder.config for folder in folders}
-    leaks = leaks.assign(
-        kind=leaks["defense"].str.removesuffix(KNOWING),
-        contender=leaks["run"].map(dict(zip(configs, contenders(list(configs.values())), strict=True))),
-        bare=leaks["run"].map(lambda run: without_defense(configs[run])),
-        score=leaks["token_accuracy"] if of_text(folders) else leaks["psnr_db"].clip(upper=PERFECT),
-    )
-    lines = [
-        _ranked(str(kind), str(attack), of, leaks[leaks["attack"] == attack])
-        for (kind, attack), of in leaks.groupby(["kind", "attack"], sort=False)
-    ]
-    return leaks, sorted(lines, key=lambda row: (row["attack"], row["strongest"], row["score"]))
-
-
 def _by_contender(folders: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
     found: dict[str, list[RunFolder]] = {}
     for folder, name in zip(folders, contenders([folder.config for folder in folders]), strict=True):
@@ -210,7 +164,7 @@ def _contender(
     tried = _tried(folders, leaks)
     return {
         "name": name,
-        "accuracy": _number(ends.mean()),
+        "accuracy": finite(ends.mean()),
         "accuracies": [float(ends.min()), float(ends.max())] if len(ends) else [],
         "curve": [curve[place] for place in _evenly(len(curve), CURVE)],
         "sent": float(done.groupby("run")["bytes_up"].sum().mean()),
@@ -301,66 +255,10 @@ def _run(folder: RunFolder, rounds: pd.DataFrame) -> Row:
     }
 
 
-def replay(config: Config) -> str | None:
-    """The command that makes this run again, or None where today's choices have no such name or setting.
-
-    What a setting or a choice says already is left out. Settings that were added since then are as they are by default.
-    """
-    try:
-        overrides = _overrides(config)
-    except ConfigError:  # a choice that has gone since
-        return None
-    if any(override.startswith("+") for override in overrides):
-        return None
-    return shlex.join(["fedsim", "run", *overrides, f"seed={config['seed']}"])
-
-
-def _overrides(config: Config) -> list[str]:
-    chosen = config["choices"]
-    setting = [f"setting={chosen['setting']}"] if chosen.get("setting") not in (None, "none") else []
-    found = tuple(setting)
-    for groups in (_CHOSEN, ("model/bottleneck",)):  # a defense may choose the bottleneck
-        now = _composed(found)["choices"]
-        found += tuple(f"{group}={chosen[group]}" for group in groups if chosen.get(group) not in (None, now.get(group)))
-    return [*found, *_differing(config, _composed(found), "")]
-
-
-_CHOSEN = tuple(group for group in GROUPS if group not in ("setting", "model/init", "model/bottleneck"))
-
-
-@functools.lru_cache(maxsize=256)
-def _composed(overrides: tuple[str, ...]) -> Config:
-    return compose(overrides)
-
-
-def _differing(config: Config, composed: Config, path: str) -> list[str]:
-    """Overrides for what `config` has otherwise, without `seed`, `name`, `out` and the names of choices."""
-    found = []
-    for key, value in config.items():
-        if not path and key in ("seed", "name", "out", "choices"):
-            continue
-        if isinstance(value, dict) and isinstance(composed.get(key), dict):
-            found += _differing(value, composed[key], f"{path}{key}.")
-        elif key not in composed or composed[key] != value:
-            found.append(f"{'' if key in composed else '+'}{path}{key}={_override(value)}")
-    return found
-
-
-def _override(value: Any) -> str:
-    """A value in Hydra's grammar."""
-    if isinstance(value, str):
-        return value if re.fullmatch(r"[\w./-]+", value) else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_override(each)}" for key, each in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_override, value)) + "]"
-    return json.dumps(value)
-
-
 # Leaks.
 
 
-def _points(kind: str, attack: str, leaks: pd.DataFrame, rounds: pd.DataFrame, album: "_Album") -> list[Row]:
+def _points(kind: str, attack: str, leaks: pd.DataFrame, rounds: pd.DataFrame, album: Album) -> list[Row]:
     """What each attacker stole over all rounds (`stage` None), and in each; accuracy and bytes are those up to then."""
     found = []
     stages = sorted(leaks["round"].unique())
@@ -382,17 +280,17 @@ def _points(kind: str, attack: str, leaks: pd.DataFrame, rounds: pd.DataFrame, a
                     "attack": attack,
                     "attacker": who,
                     "stage": stage,
-                    "accuracy": _number(accuracy.mean()),
+                    "accuracy": finite(accuracy.mean()),
                     "sent": float(until.groupby("run")["bytes_up"].sum().mean()),
                     "dense": float(until["bytes_up"].sum() / max(1, until["bytes_up_dense"].sum())),
-                    **_counts(of),
+                    **counts_of(of),
                     "median_victim": album.want(of.iloc[(len(of) - 1) // 2], first=stage is None),
                     "worst_victim": album.want(of.iloc[0], first=stage is None),
                     "scores": [round(float(value), 2) for value in of["score"]] if stage is None else [],
                 }
             )
         for point in here:
-            point["stronger"] = point is max(here, key=_strength)
+            point["stronger"] = point is max(here, key=strength)
         found += here
     return found
 
@@ -405,7 +303,7 @@ def _guesses(leaks: pd.DataFrame, text: bool) -> list[Row]:
         name: leaks["typical_token_accuracy"] >= STOLEN_TOKENS if text else leaks[f"{name}_mse"] < STOLEN_MSE for name in known
     }
     return [
-        {"name": words, "median": _number(leaks[f"{name}_{score}"].median()), "share": float(stolen[name].mean())}
+        {"name": words, "median": finite(leaks[f"{name}_{score}"].median()), "share": float(stolen[name].mean())}
         for name, words in known.items()
     ]
 
@@ -430,91 +328,6 @@ def _knobs(configs: dict[str, Config]) -> list[Row]:
             title = " ".join(word for word in words if word.partition("=")[0] != knob)
             knobs.append({"title": title, "knob": knob, "at": sorted(at)})
     return knobs
-
-
-def _counts(victims: pd.DataFrame) -> Row:
-    rate = Rate(int((victims["verdict"] == "stolen").sum()), len(victims))
-    bars = {name: str(bar) for name, bar in success_rates(victims).items()} if "mse" in victims else {}
-    return {
-        "n": rate.n,
-        "stolen": rate.passed,
-        "share": rate.share,
-        "interval": list(rate.interval),
-        "lost": int((victims["verdict"] == "not converged").sum()),
-        "bars": {name: bar for name, bar in bars.items() if name != next(iter(BARS))},
-        "median": float(victims["score"].median()),
-        "best": float(victims["score"].max()),
-        "labels": int(victims["label_right"].sum()),
-    }
-
-
-def _strength(counts: Row) -> tuple[float, float]:
-    """Who stole more is the stronger attacker; of two that stole as much, who came closer."""
-    return counts["share"], counts["median"]
-
-
-def _ranked(kind: str, attack: str, leaks: pd.DataFrame, every: pd.DataFrame) -> Row:
-    """A line of the ranking, which goes by the stronger attacker, and what may be said of the defense.
-
-    A defense is shown to protect against an attacker where that one stole from fewer of the same victims than he did without a
-    defense (exact sign test of the pairs, one-sided, 5 %, each by itself). One who was not tried without is held against the other.
-    A victim on whom an adaptive attacker's search did not end counts as perhaps stolen: such a search protects nobody. To protect
-    only against the naive attacker takes one more test: that the adaptive one stole from more behind the same defense.
-    """
-    by = {who: _counts(of) for who in ATTACKERS if len(of := leaks[leaks["attacker"] == who])}
-    stronger = max(by, key=lambda who: _strength(by[who]))
-    row = {"kind": kind, "contender": leaks["contender"].iloc[0], "attack": attack, "by": by, "stronger": stronger}
-    row |= {"strongest": by[stronger]["share"], "score": by[stronger]["median"], "flag": False, "bare": bool(leaks["bare"].all())}
-    if row["bare"]:
-        secure = "secure aggregation" in kind
-        return row | {"says": ("secure aggregation alone" if secure else "no defense") + ": what the others are held against"}
-    bare = every[every["bare"] & every["under"].isin(leaks["under"]) & every["how"].isin(leaks["how"])]
-    if not len(bare):
-        return row | {"says": "no run without a defense, attacked alike, to compare with"}
-    without = {who: _stolen(of if len(of := bare[bare["attacker"] == who]) else bare) for who in by}
-    stolen = {who: _stolen(leaks[leaks["attacker"] == who]) for who in by}
-    perhaps = {who: _stolen(leaks[leaks["attacker"] == who], perhaps=who == "adaptive") for who in by}
-    protects = {who: _fewer(perhaps[who], without[who]) for who in by}
-    row["p"] = protects
-    if any(p is None for p in protects.values()):
-        return row | {"says": f"too few victims to tell: fewer than {LEAST} of them were stolen without a defense"}
-    safe = {who for who in by if _shown(protects[who])}
-    lost = "adaptive" in by and "adaptive" not in safe and _shown(_fewer(stolen["adaptive"], without["adaptive"]))
-    undecided = f"undecided: {by['adaptive']['lost']} of his searches did not end" if lost else ""
-    if len(by) == 1:
-        (who,) = by
-        other = next(one for one in ATTACKERS if one != who)
-        what = "fewer thefts than without a defense" if safe else undecided or "no fewer thefts were shown"
-        return row | {"says": f"{what}; the {other} attacker was not tried"}
-    if safe == {"naive"}:
-        if not lost and _shown(_fewer(stolen["naive"], stolen["adaptive"])):
-            return row | {"flag": True, "says": "protects only against the naive attacker"}
-        return row | {"says": f"fewer thefts by the naive attacker; of the adaptive one {undecided or 'that was not shown'}"}
-    if safe == {"adaptive"}:
-        return row | {"says": "fewer thefts by the adaptive attacker only: the naive one is the stronger here"}
-    if not safe:
-        return row | {"says": f"of the adaptive attacker {undecided}" if lost else "no fewer thefts were shown"}
-    return row | {"says": "fewer thefts than without a defense, by both attackers"}
-
-
-def _shown(p: float | None) -> bool:
-    return p is not None and p < LEVEL
-
-
-def _stolen(leaks: pd.DataFrame, *, perhaps: bool = False) -> pd.Series:
-    """Whether each victim was stolen from, by who it is; `perhaps` also where a search did not end."""
-    taken = leaks["verdict"] != "not stolen" if perhaps else leaks["verdict"] == "stolen"
-    return taken.groupby([leaks[key] for key in VICTIM]).any()
-
-
-def _fewer(behind: pd.Series, without: pd.Series) -> float | None:
-    """p of the sign test over victims of both, that fewer were stolen `behind`; None where so few were stolen `without` that no
-    outcome could show anything."""
-    both = pd.concat([behind, without], axis=1, join="inner", keys=["behind", "without"])
-    if both["without"].sum() < LEAST:
-        return None
-    fewer, more = int((both["without"] & ~both["behind"]).sum()), int((both["behind"] & ~both["without"]).sum())
-    return float(stats.binomtest(fewer, fewer + more, alternative="greater").pvalue) if fewer + more else 1.0
 
 
 def _heat(kind: str, attack: str, who: str, leaks: pd.DataFrame) -> Row:
@@ -597,7 +410,7 @@ def _many(count: int, what: str) -> str:
 # Pictures.
 
 
-def _gallery(leaks: pd.DataFrame, every: pd.DataFrame, album: "_Album") -> list[dict[str, int]]:
+def _gallery(leaks: pd.DataFrame, every: pd.DataFrame, album: Album) -> list[dict[str, int]]:
     """Up to `PICTURES` victims, spread evenly, for each the place of what each attacker made of it.
 
     They are the same for all defenses, if there are as many that all were tried on.
@@ -625,143 +438,3 @@ def _gallery(leaks: pd.DataFrame, every: pd.DataFrame, album: "_Album") -> list[
 def _evenly(count: int, most: int) -> list[int]:
     """Up to `most` of `count` places, the first and the last among them."""
     return [int(place) for place in np.unique(np.linspace(0, count - 1, min(most, count)).round())]
-
-
-@dataclass
-class _Album:
-    """Victims that the page shows, with their pictures, each once.
-
-    victims   what is said of each
-    images    WebP as data URIs; `films` those of animations
-    left_out  pictures and animations that there was no room for
-    """
-
-    folders: dict[str, RunFolder]
-    places: dict[str, int]
-    text: bool
-    blur: bool
-    victims: list[Row] = field(default_factory=list)
-    images: list[str] = field(default_factory=list)
-    films: list[str] = field(default_factory=list)
-    left_out: dict[str, int] = field(default_factory=lambda: {"pictures": 0, "animations": 0})
-    _leaks: list[pd.Series] = field(default_factory=list)
-    _places: dict[tuple[Any, ...], int] = field(default_factory=dict)
-    _first: set[int] = field(default_factory=set)
-    _stored: dict[bytes, int] = field(default_factory=dict)
-    _room: int = 0
-
-    def want(self, leak: pd.Series, *, first: bool) -> int:
-        """The place of a victim among `victims`; those wanted `first` have their pictures before others, and move if recorded."""
-        key = (leak["run"], leak["made_by"], leak["seen"], *(int(leak[name]) for name in ("round", "client", "image")))
-        if key not in self._places:
-            self._places[key] = len(self.victims)
-            self._leaks.append(leak)
-            self.victims.append(self._told(leak))
-        if first:
-            self._first.add(self._places[key])
-        return self._places[key]
-
-    def _told(self, leak: pd.Series) -> Row:
-        told: Row = {key: int(leak[key]) for key in ("seed", "round", "client", "image")}
-        told |= {
-            "kind": leak["kind"],
-            "attacker": leak["attacker"],
-            "attack": leak["attack"],
-            "made_by": leak["made_by"],
-            "run": self.places[leak["run"]],
-        }
-        told |= {"verdict": leak["verdict"], "score": _number(leak["score"]), "label_right": bool(leak["label_right"])}
-        if self.text:
-            return told | {"written": "" if self.blur else leak["truth"], "read": leak["recovered"]}
-        return told | {name: _number(leak[name]) for name in ("mse", "psnr_db", "ssim", "lpips") if name in leak}
-
-    def fill(self, room: int) -> None:
-        """Adds pictures of up to `room` bytes: of runs on the same data one after the other, so that data are loaded once."""
-        if self.text:
-            return
-        self._room = room - PLACES * len(self.victims)
-        films = int((1 - STILLS) * self._room)
-        self._room -= films
-
-        def turn(i: int) -> tuple[Any, ...]:
-            leak = self._leaks[i]
-            return i not in self._first, leak["under"], leak["seed"], leak["run"]
-
-        truths: dict[tuple[Any, ...], Tensor] = {}
-        made: tuple[Any, dict[int, Tensor]] = None, {}
-        for i in sorted(range(len(self._leaks)), key=turn):
-            leak, told = self._leaks[i], self.victims[i]
-            run, round, client = leak["run"], told["round"], told["client"]
-            if (key := (leak["under"], leak["seed"], round, client)) not in truths:
-                truths[key] = self.folders[run].setup().truth(round, client)[0].cpu()
-            if made[0] != (run, leak["made_by"], round):
-                made = (run, leak["made_by"], round), self.folders[run].reconstructions(leak["made_by"], round)
-            truth = truths[key][told["image"]]
-            told["truth"] = self._still(_coarse(truth) if self.blur else truth)
-            if (at := int(leak["reconstruction"])) >= 0:  # else the attack says that it has nothing of this one
-                told["stolen"] = self._still(made[1][sender(leak, client)][at])
-        self._animate(self._room + films)
-
-    def _still(self, image: Tensor) -> int | None:
-        data = _webp([image])
-        if data not in self._stored:
-            uri = _uri(data)
-            if (cost := len(uri) + QUOTES) > self._room:
-                self.left_out["pictures"] += 1
-                return None
-            self._room -= cost
-            self._stored[data] = len(self.images)
-            self.images.append(uri)
-        return self._stored[data]
-
-    def _animate(self, room: int) -> None:
-        """Films of those wanted first that have a trace; no contender takes more than its part of the room."""
-        by: dict[tuple[str, str], list[tuple[int, str]]] = {}
-
-        def where(i: int) -> tuple[str, str, int]:
-            return self._leaks[i]["run"], self._leaks[i]["made_by"], int(self._leaks[i]["round"])
-
-        for (run, made_by, round), victims in itertools.groupby(sorted(self._first, key=where), key=where):
-            traces = self.folders[run].traces(made_by, round)
-            for i in victims:
-                leak = self._leaks[i]
-                trace = traces.get(sender(leak, int(leak["client"])))
-                if trace is not None and leak["reconstruction"] >= 0:
-                    frames = trace.images[moments(trace, FRAMES), int(leak["reconstruction"])]
-                    by.setdefault((leak["kind"], made_by), []).append((i, _uri(_webp(list(frames)))))
-        for several in by.values():
-            left = room // len(by)
-            for i, uri in sorted(several):
-                if (cost := len(uri) + QUOTES) > left:
-                    self.left_out["animations"] += 1
-                    continue
-                left -= cost
-                self.victims[i]["film"] = len(self.films)
-                self.films.append(uri)
-
-
-def _coarse(image: Tensor) -> Tensor:
-    """What is left of an image (C, H, W) in 4x4 pixels."""
-    return torch.nn.functional.adaptive_avg_pool2d(image.float(), 4)
-
-
-def _webp(images: Sequence[Tensor]) -> bytes:
-    """An image (C, H, W), or several as an animation that stands at its last; small ones exactly, pixel by pixel."""
-    pixels = [
-        (image.detach().cpu().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy() for image in images
-    ]
-    first, *rest = [Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one).convert("RGB") for one in pixels]
-    out = io.BytesIO()
-    quality: Row = {"lossless": True, "quality": 50} if max(first.size) <= 64 and not rest else {"quality": 80}
-    more: Row = {"save_all": True, "append_images": rest, "duration": [150] * len(rest) + [2000], "loop": 0} if rest else {}
-    first.save(out, "WEBP", method=4, **quality, **more)
-    return out.getvalue()
-
-
-def _uri(data: bytes) -> str:
-    return "data:image/webp;base64," + base64.b64encode(data).decode()
-
-
-def _number(value: Any) -> float | None:
-    """JSON has no infinity and no "not a number"."""
-    return float(value) if value is not None and math.isfinite(value) else None

@@ -7,7 +7,7 @@ import re
 from rich import box
 from rich.table import Table
 
-from experiments.plots import Summary
+from experiments.summary import Summary
 from fedsim.checks import one_of
 
 FORMATS = ("markdown", "latex", "csv")

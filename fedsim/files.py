@@ -8,6 +8,7 @@ between two writes. It tells a damaged file, not a forged one. Files of earlier 
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -149,6 +150,11 @@ def read_json(path: Path) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{path} is damaged or missing ({' '.join(str(error).split())})") from None
     return {key: of for key, of in value.items() if key != _KEY} if isinstance(value, dict) else value
+
+
+def finite(value: Any) -> float | None:
+    """A number as JSON can hold it, which has no infinity and no "not a number"."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def check(path: Path) -> None:

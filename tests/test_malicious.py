@@ -14,8 +14,8 @@ from experiments import scoring, table
 from experiments.card import card, obstacles
 from experiments.config import ConfigError, compose
 from experiments.naming import contender
-from experiments.plots import summarised
 from experiments.runner import attack_again, attack_of, check_config, resume, start
+from experiments.summary import summarised
 from fedsim import servers
 from fedsim.data import Images
 from fedsim.errors import FederationError

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from experiments import plots
+from experiments import plots, summary
 from experiments.canvas import STYLE, save
 from experiments.config import compose
 from experiments.runner import start
@@ -26,7 +26,7 @@ def leaks() -> pd.DataFrame:
     """Two victims of each attacker and defense; none has nothing to know."""
     rows = [
         {
-            "defense": name + (plots.KNOWING if who == "adaptive" else ""),
+            "defense": name + (summary.KNOWING if who == "adaptive" else ""),
             "attacker": who,
             "psnr_db": 10.0 + i + 5 * (who == "adaptive"),
         }
@@ -50,8 +50,8 @@ def test_many_defenses_have_a_row_each_with_both_attackers():
 
 def test_many_defenses_are_ranked_by_the_stronger_attacker_and_by_what_they_cost():
     some = leaks()
-    some = some.assign(run=some["defense"].str.removesuffix(plots.KNOWING), verdict="not stolen")
-    seen = some["defense"].isin([NAMES[3], NAMES[7] + plots.KNOWING])
+    some = some.assign(run=some["defense"].str.removesuffix(summary.KNOWING), verdict="not stolen")
+    seen = some["defense"].isin([NAMES[3], NAMES[7] + summary.KNOWING])
     some.loc[seen, "verdict"] = "stolen"
     rounds = pd.DataFrame(
         {"run": name, "round": round, "accuracy": 0.01 * i * round} for i, name in enumerate(["none", *NAMES]) for round in (1, 2)
@@ -86,7 +86,7 @@ def test_names_of_any_length_leave_room_for_the_marks():
 @pytest.mark.parametrize("many", [2, 12, 45])
 def test_legends_of_any_length_fit_their_figure(many, tmp_path):
     some = leaks()
-    some = some[some["defense"].isin([*NAMES[:many], *(name + plots.KNOWING for name in NAMES[:many])])]
+    some = some[some["defense"].isin([*NAMES[:many], *(name + summary.KNOWING for name in NAMES[:many])])]
     rounds = pd.DataFrame(
         [
             {"defense": name, "run": name, "seed": 0, "round": round, "accuracy": 0.1 * round, "bytes_up": 1000}
@@ -94,7 +94,7 @@ def test_legends_of_any_length_fit_their_figure(many, tmp_path):
             for round in (1, 2)
         ]
     )
-    some = some.assign(run=some["defense"].str.removesuffix(plots.KNOWING))
+    some = some.assign(run=some["defense"].str.removesuffix(summary.KNOWING))
     figures = {
         "accuracy": plots._accuracy(rounds),
         "bytes": plots._bytes(rounds),
@@ -158,10 +158,10 @@ def test_what_a_run_that_broke_off_had_learned_is_not_averaged_with_others(tmp_p
     whole = [str(folder.rounds()["accuracy"].iloc[-1]) for folder in folders]
     path = folders[1].path / "rounds.parquet"
     write_table(path, read_table(path).query("round < 2"))
-    (row,) = plots.summarised([RunFolder.open(folder.path) for folder in folders]).rows
+    (row,) = summary.summarised([RunFolder.open(folder.path) for folder in folders]).rows
     assert row[1] == f"{float(whole[0]):.1%}"
     write_table(folders[0].path / "rounds.parquet", folders[0].rounds().query("round < 2"))
-    (row,) = plots.summarised([RunFolder.open(folder.path) for folder in folders]).rows  # neither came further
+    (row,) = summary.summarised([RunFolder.open(folder.path) for folder in folders]).rows  # neither came further
     early = [RunFolder.open(folder.path).rounds().dropna(subset="accuracy")["accuracy"].iloc[-1] for folder in folders]
     assert row[1] == f"{sum(early) / 2:.1%}"
 

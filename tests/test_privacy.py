@@ -12,7 +12,7 @@ from worlds import FEDAVG, FEDSGD, FLOWER, NORMED, config, federate
 
 from defenses import DPSGD, Chain, Clip, DPFedAvg, ErrorFeedback, MixUp, PowerSGD, TopK, UniformQuantization
 from defenses.privacy import clipped_sum
-from experiments import invert, plots, runner
+from experiments import invert, runner, summary
 from experiments.card import card, guarantee_of
 from experiments.config import compose
 from experiments.table import drawn
@@ -452,12 +452,12 @@ def test_the_rounds_of_a_private_run_tell_what_was_spent(folders):
 
 
 def test_a_comparison_shows_the_proof_beside_the_leak(folders):
-    table = drawn(plots.summarised(list(folders.values())))
+    table = drawn(summary.summarised(list(folders.values())))
     columns = {str(column.header): list(column.cells) for column in table.columns}
     bounds = [math.ceil(100 * float(folders[name].rounds()["reconstruction_bound"].iloc[-1])) for name in ("dpsgd", "dp_fedavg")]
     assert columns["epsilon"] == ["", "4 at 1e-05", f"{epsilon(2.0, 2, 1e-5):.3g} at 1e-05"]
     assert columns["10% guess"] == ["", *(f"<= {bound}%" for bound in bounds)]
-    alone = drawn(plots.summarised([folders["none"]]))
+    alone = drawn(summary.summarised([folders["none"]]))
     assert "epsilon" not in {str(column.header) for column in alone.columns}
 
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageSequence
 from rich.console import Console
 from test_cli import fedsim
 
-from experiments import plots, report, runner, table
+from experiments import report, runner, summary, table
 from experiments.config import compose
 from experiments.naming import contender
 from fedsim.files import read_json, read_table, write_json, write_table
@@ -67,7 +67,7 @@ def data_in(page: Path) -> dict:
 
 def test_the_table_says_in_each_format_what_the_terminal_says(study, capsys):
     folders = [RunFolder(study / name) for name in RUNS]
-    told = plots.summarised(folders)
+    told = summary.summarised(folders)
     shown = table.drawn(told)
     assert [list(column.cells) for column in shown.columns] == [
         list(cells) for cells in zip(*told.rows, *told.guesses, strict=True)
@@ -88,13 +88,13 @@ def test_the_table_says_in_each_format_what_the_terminal_says(study, capsys):
 
 
 def test_latex_says_what_is_special_in_words():
-    strange = plots.Summary("50%", ["a_b", "x"], [["\\ & {~}", "<5\nworse"]], [], [])
+    strange = summary.Summary("50%", ["a_b", "x"], [["\\ & {~}", "<5\nworse"]], [], [])
     assert r"\textbackslash{} \& \{\textasciitilde{}\} & \textless{}5; worse \\" in table.written(strange, "latex")
 
 
 def test_names_are_whole_in_a_narrow_terminal():
     rows = [[f"uniform levels={levels}", *["61-100 %"] * 12] for levels in (4, 16, 120)]
-    told = plots.Summary("a title", ["defense", *["not converged"] * 12], rows, [["its mean colour", *[""] * 12]], [])
+    told = summary.Summary("a title", ["defense", *["not converged"] * 12], rows, [["its mean colour", *[""] * 12]], [])
     console = Console(width=100, file=io.StringIO())
     console.print(table.drawn(told))
     shown = console.file.getvalue()
@@ -127,7 +127,7 @@ def test_a_run_that_nobody_attacked_has_nothing_to_report(study, tmp_path, capsy
 def test_numbers_are_those_of_the_tables(study, page):
     data = data_in(page)
     folders = [RunFolder(study / name) for name in RUNS]
-    told = plots.summarised(folders)
+    told = summary.summarised(folders)
     (shown,) = data["tables"]
     assert (shown["section"], shown["columns"], shown["rows"]) == ("Summary table", told.columns, told.rows)
     seen = set()
@@ -180,8 +180,8 @@ def test_a_victim_of_runs_alike_in_all_that_matters_counts_once(study, tmp_path)
     config["engine"]["workers"] = 2
     write_json(tmp_path / "two" / "config.json", config)
     alone, both = ([RunFolder(tmp_path / name) for name in names] for names in (["one"], ["one", "two"]))
-    assert plots.summarised(both).rows == plots.summarised(alone).rows
-    assert (plots.tables(both)[1]["run"] == str(tmp_path / "one")).all()
+    assert summary.summarised(both).rows == summary.summarised(alone).rows
+    assert (summary.tables(both)[1]["run"] == str(tmp_path / "one")).all()
 
 
 def test_what_is_no_number_is_as_far_off_as_can_be(study, tmp_path):
@@ -193,7 +193,7 @@ def test_what_is_no_number_is_as_far_off_as_can_be(study, tmp_path):
     folders = [RunFolder(tmp_path / "none")]
     assert len(leaks) == 4
     expected = leaks["psnr_db"].fillna(0.0).median()
-    assert f"{expected:.1f} dB" in plots.summarised(folders).rows[0]
+    assert f"{expected:.1f} dB" in summary.summarised(folders).rows[0]
     assert report.data_of(folders, "a test")["ranking"][0]["score"] == expected
 
 
@@ -316,110 +316,6 @@ def test_a_knob_is_a_setting_of_contenders_alike_in_all_else(study, page):
     assert (second["knob"], [value for value, _ in second["at"]]) == ("beta", [0.001, 0.01])
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["seed=5"],
-        ["setting=dlg", "attack=idlg", "tap.clients=all", "defense=topk", "defense.ratio=0.3"],
-        ["setting=quickstart", "data=cifar10", "defense=precode", "tap.rounds=[1,200]"],
-        ["defense=gaussian", "defense.relative=null", "defense.variance=1e-4", "partition=dirichlet", "strategy=fedadam"],
-        ["data=cifar10", "data.root=/data/a b", "federation=fedavg", "model=resnet20", "server=imprint", "attack=imprint"],
-    ],
-    ids=lambda overrides: overrides[0],
-)
-def test_the_command_of_a_run_composes_to_its_configuration(overrides):
-    config = compose(overrides)
-    command = report.replay(config)
-    assert command is not None
-    assert compose(shlex.split(command)[2:]) == config
-
-
-def test_there_is_no_command_for_what_todays_choices_do_not_have():
-    config = compose(["defense=topk"])
-    assert report.replay(config | {"choices": config["choices"] | {"defense": "gone"}}) is None
-    assert report.replay(config | {"defense": config["defense"] | {"gone": 1}}) is None
-
-
-# The ranking.
-
-
-def leaks_of(**stolen: list[int | None]) -> pd.DataFrame:
-    """Leaks of a defense, from whose victims an attacker stole (1) or not (0), or lost his way (None), and of none."""
-    rows = [
-        {
-            "bare": name.startswith("none"),
-            "attacker": {"none": "naive", "none_knowing": "adaptive"}.get(name, name),
-            "client": client,
-            "verdict": {1: "stolen", 0: "not stolen", None: "not converged"}[took],
-        }
-        for name, each in stolen.items()
-        for client, took in enumerate(each)
-    ]
-    about = {
-        "seed": 0,
-        "round": 1,
-        "image": 0,
-        "under": "the same",
-        "how": "alike",
-        "seen": "update",
-        "score": 10.0,
-        "mse": 0.1,
-        "psnr_db": 10.0,
-        "label_right": True,
-    }
-    return pd.DataFrame(rows).assign(contender="A", **about)
-
-
-FLAG = "protects only against the naive attacker"
-UNDECIDED = "undecided: 7 of his searches did not end"
-
-
-@pytest.mark.parametrize(
-    ("naive", "adaptive", "says"),
-    [
-        ([0] * 12, [1] * 12, FLAG),
-        ([None] * 12, [1] * 12, FLAG),  # whoever does not know it gets lost
-        ([1] * 7 + [0] * 5, [1] * 12, FLAG),  # five fewer and none more: 2^-5 < 5 %; four fewer: 2^-4 is not
-        ([1] * 7 + [0] * 5, [1] * 8 + [0] * 4, "fewer thefts by the naive attacker; of the adaptive one that was not shown"),
-        ([1] * 8 + [0] * 4, [1] * 12, "no fewer thefts were shown"),
-        ([0] * 12, [0] * 12, "fewer thefts than without a defense, by both attackers"),
-        ([0] * 12, [0] * 5 + [None] * 7, "fewer thefts than without a defense, by both attackers"),
-        ([0] * 12, [1] * 5 + [None] * 7, f"fewer thefts by the naive attacker; of the adaptive one {UNDECIDED}"),
-        ([1] * 12, [None] * 12, f"of the adaptive attacker {UNDECIDED.replace('7', '12')}"),
-        ([0] * 12, None, "fewer thefts than without a defense; the adaptive attacker was not tried"),
-        (None, [None] * 7 + [0] * 4 + [1], f"{UNDECIDED}; the naive attacker was not tried"),
-    ],
-)
-def test_the_flag_is_for_what_stops_the_naive_attacker_alone(naive, adaptive, says):
-    every = leaks_of(none=[1] * 12, **{who: of for who, of in (("naive", naive), ("adaptive", adaptive)) if of is not None})
-    row = report._ranked("A", "dlg", every[~every["bare"]], every)
-    assert row["says"] == says
-    assert row["flag"] == (says == FLAG)
-
-
-@pytest.mark.parametrize("column", ["how", "under", "seen"])
-def test_a_defense_is_held_against_none_that_was_attacked_alike(column):
-    every = leaks_of(none=[1] * 12, naive=[0] * 12)
-    every.loc[~every["bare"], column] = "otherwise"
-    says = report._ranked("A", "dlg", every[~every["bare"]], every)["says"]
-    assert says.startswith("too few victims" if column == "seen" else "no run without a defense, attacked alike, to compare with")
-
-
-def test_each_attacker_is_held_against_himself():
-    """A defense that changes nothing protects from nobody, however much the one steals more than the other."""
-    half, whole = [1] * 8 + [0] * 10, [1] * 18
-    every = leaks_of(none=half, none_knowing=whole, naive=half, adaptive=whole)
-    row = report._ranked("A", "dlg", every[~every["bare"]], every)
-    assert row["p"] == {"naive": 1.0, "adaptive": 1.0}
-    assert row["says"] == "no fewer thefts were shown"
-
-
-def test_the_ranking_goes_by_the_stronger_attacker():
-    every = leaks_of(none=[1] * 12, naive=[0] * 12, adaptive=[1] * 9 + [0] * 3)
-    row = report._ranked("A", "dlg", every[~every["bare"]], every)
-    assert (row["stronger"], row["strongest"]) == ("adaptive", 0.75)
-
-
 def test_the_words_name_extremes_of_each_attack_and_none_where_all_are_alike():
     def row(kind: str, attack: str, stolen: int) -> dict:
         counts = {"stolen": stolen, "n": 10, "interval": [0.0, 1.0], "lost": 0}
@@ -430,13 +326,6 @@ def test_the_words_name_extremes_of_each_attack_and_none_where_all_are_alike():
     assert "A gave away least, to the naive attacker: 3 of 10" in both
     assert "B gave away most, to the naive attacker: 7 of 10" in both
     assert "the same share" in report._extremes("dlg", [row("A", "dlg", 3), row("B", "dlg", 3)])
-
-
-def test_of_a_few_thefts_nothing_can_be_told():
-    every = leaks_of(none=[1] * 4 + [0] * 8, naive=[0] * 12, adaptive=[0] * 12)
-    assert report._ranked("A", "dlg", every[~every["bare"]], every)["says"].startswith("too few victims to tell")
-    alone = every[~every["bare"]]
-    assert report._ranked("A", "dlg", alone, alone)["says"] == "no run without a defense, attacked alike, to compare with"
 
 
 # Colours.

@@ -16,8 +16,8 @@ from experiments import scoring
 from experiments.card import card, obstacles
 from experiments.config import compose
 from experiments.naming import contender
-from experiments.plots import summarised
 from experiments.runner import attack_of, check_config, finished, start
+from experiments.summary import summarised
 from experiments.table import drawn
 from fedsim import secure_rounds
 from fedsim.engines.inline import Inline, InlineGrid

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import plots, runner
+from experiments import plots, runner, summary
 from experiments.config import compose
 from experiments.naming import conditions
 from experiments.statistics import Difference, holm, paired
@@ -117,7 +117,7 @@ def folders(tmp_path_factory) -> dict[tuple[str, int], RunFolder]:
 
 
 def columns(folders) -> dict[str, list[str]]:
-    return {str(column.header): list(column.cells) for column in drawn(plots.summarised(folders)).columns}
+    return {str(column.header): list(column.cells) for column in drawn(summary.summarised(folders)).columns}
 
 
 def test_the_summary_says_what_the_defense_costs_and_how_sure_that_is(folders):
@@ -129,7 +129,7 @@ def test_the_summary_says_what_the_defense_costs_and_how_sure_that_is(folders):
     assert numbers == pytest.approx([100 * cost.mean, 100 * cost.low, 100 * cost.high], abs=0.051)  # one decimal
     assert table["against none"][1].split()[3] == cost.verdict
     assert table["against none"][0] == ""  # none itself
-    caption = str(drawn(plots.summarised(list(folders.values()))).caption)
+    caption = str(drawn(summary.summarised(list(folders.values()))).caption)
     assert "last 5 evaluations" in caption
     assert "over 3 seeds" in caption
     assert "within 2 points" in caption
@@ -155,7 +155,7 @@ def test_the_difference_is_drawn_where_there_is_one(folders, tmp_path):
     ids=["one seed", "no none", "none alone", "other seeds"],
 )
 def test_there_is_no_column_where_there_is_nothing_to_compare(folders, chosen):
-    table = drawn(plots.summarised([folders[one] for one in chosen]))
+    table = drawn(summary.summarised([folders[one] for one in chosen]))
     assert "against none" not in [str(column.header) for column in table.columns]
     assert table.caption is None
 
@@ -180,7 +180,7 @@ def recorded(tmp_path):
 
 def costs(runs) -> dict[str, Difference]:
     """By the first word of the defense."""
-    return {name.split()[0]: cost for name, cost in plots.against_none(runs, plots.tables(runs)[0]).items()}
+    return {name.split()[0]: cost for name, cost in summary.against_none(runs, summary.tables(runs)[0]).items()}
 
 
 def test_the_untrained_model_is_no_evaluation(recorded):
@@ -212,7 +212,7 @@ def test_one_defense_under_two_conditions_is_two_questions(recorded):
 
     assert costs(runs("federation.lr=0.2")).keys() == {"fp16"}
     both = [*runs("federation.lr=0.2"), *runs("federation.lr=0.3")]
-    found = plots.against_none(both, plots.tables(both)[0])
+    found = summary.against_none(both, summary.tables(both)[0])
     assert list(found) == ["fp16 format=fp16, lr=0.2", "fp16 format=fp16, lr=0.3"]
 
 
@@ -243,7 +243,7 @@ def test_claims_are_corrected_for_being_several(recorded):
     several = costs(runs)
     assert list(several) == ["fp16", "bf16", "int8", "sign"]
     assert several["fp16"].verdict == "undecided"
-    assert "Holm over 4 comparisons" in str(drawn(plots.summarised(runs)).caption)
+    assert "Holm over 4 comparisons" in str(drawn(summary.summarised(runs)).caption)
 
 
 def test_conditions_are_what_is_neither_defense_nor_attack_nor_seed():

@@ -16,8 +16,8 @@ from experiments import claims, guard, runner, study
 from experiments.cli import main
 from experiments.config import sweep
 from experiments.estimate import room
-from experiments.plots import summarised
 from experiments.runner import check_config
+from experiments.summary import summarised
 from fedsim.files import read_json, read_table
 from fedsim.run import RunFolder, iterate
 

@@ -1,0 +1,32 @@
+"""The command that makes a run again composes to the run's configuration."""
+
+import shlex
+
+import pytest
+
+from experiments.config import compose
+from experiments.replay import replay
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["seed=5"],
+        ["setting=dlg", "attack=idlg", "tap.clients=all", "defense=topk", "defense.ratio=0.3"],
+        ["setting=quickstart", "data=cifar10", "defense=precode", "tap.rounds=[1,200]"],
+        ["defense=gaussian", "defense.relative=null", "defense.variance=1e-4", "partition=dirichlet", "strategy=fedadam"],
+        ["data=cifar10", "data.root=/data/a b", "federation=fedavg", "model=resnet20", "server=imprint", "attack=imprint"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_the_command_of_a_run_composes_to_its_configuration(overrides):
+    config = compose(overrides)
+    command = replay(config)
+    assert command is not None
+    assert compose(shlex.split(command)[2:]) == config
+
+
+def test_there_is_no_command_for_what_todays_choices_do_not_have():
+    config = compose(["defense=topk"])
+    assert replay(config | {"choices": config["choices"] | {"defense": "gone"}}) is None
+    assert replay(config | {"defense": config["defense"] | {"gone": 1}}) is None
