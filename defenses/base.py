@@ -13,14 +13,15 @@ from fedsim.defense import (
     Belief,
     Beliefs,
     Defense,
-    Explained,
     Exposure,
     GradientDefense,
     Guarantee,
     Private,
     State,
+    is_followed,
     mixes,
     replaces_gradient,
+    told_by,
 )
 from fedsim.training import Batch, batch_gradients
 from fedsim.updates import Update
@@ -134,9 +135,21 @@ class Chain:
         return any(getattr(part, "rescales", False) for part in self.parts)
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
-        told = dict(beliefs)
-        for part in reversed(self.parts):
-            told = part.explain(packets, told) if isinstance(part, Explained) else told
+        return self._told(packets, beliefs, None)
+
+    @property
+    def followed(self) -> bool:
+        return is_followed(self.parts[-1])
+
+    def explain_after(self, packets: Packets, beliefs: Mapping[str, Belief], before: Packets) -> Beliefs:
+        """The last part made what was sent before: it alone is told of it."""
+        return self._told(packets, beliefs, before)
+
+    def _told(self, packets: Packets, beliefs: Mapping[str, Belief], before: Packets | None) -> Beliefs:
+        *others, last = self.parts
+        told = told_by(last, packets, beliefs, before)
+        for part in reversed(others):
+            told = told_by(part, packets, told)
         return told
 
 
@@ -216,7 +229,7 @@ class ErrorFeedback:
 
     def _of_sum(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
         """What is told of the update plus the residual."""
-        return self.inner.explain(packets, beliefs) if isinstance(self.inner, Explained) else dict(beliefs)
+        return told_by(self.inner, packets, beliefs)
 
 
 def _acts_in_training(defense: object) -> bool:
@@ -259,9 +272,17 @@ class Partial:
         return Chain((self.inner,)).rescales
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
-        chosen = self._chosen(beliefs)
-        if isinstance(self.inner, Explained):
-            chosen = self.inner.explain(self._chosen(packets), chosen)
+        return self._told(packets, beliefs, None)
+
+    @property
+    def followed(self) -> bool:
+        return is_followed(self.inner)
+
+    def explain_after(self, packets: Packets, beliefs: Mapping[str, Belief], before: Packets) -> Beliefs:
+        return self._told(packets, beliefs, before and self._chosen(before))
+
+    def _told(self, packets: Packets, beliefs: Mapping[str, Belief], before: Packets | None) -> Beliefs:
+        chosen = told_by(self.inner, self._chosen(packets), self._chosen(beliefs), before)
         return {name: chosen.get(name, belief) for name, belief in beliefs.items()}
 
     def _chosen(self, named: Mapping[str, T]) -> dict[str, T]:

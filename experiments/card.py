@@ -11,7 +11,7 @@ from attacks.hidden_noise import hidden_noises
 from fedsim import servers
 from fedsim.accounting import quoted_epsilon, reconstruction_bound
 from fedsim.data import Corpus
-from fedsim.defense import Followed, Guarantee, Private, mixes
+from fedsim.defense import Guarantee, Private, is_followed, mixes
 from fedsim.models import Bert, Stochastic
 from fedsim.protocols import FedAvg, FedSGD
 from fedsim.secure_aggregation import Secure
@@ -232,7 +232,7 @@ def _steps(setup: Setup) -> int:
 def _other_rounds(setup: Setup, tap: Tap) -> list[str]:
     """What somebody who is told the defense makes of what a client sent before."""
     lines = []
-    if isinstance(setup.defense, Followed):
+    if is_followed(setup.defense):
         followed = "used: they bound what the defense remembers, of clients that are always listened to"
         lines.append(followed if tap.follows_any else "not used: what the defense remembers needs tap.rounds=all tap.clients=all")
     if min(map(len, setup.shards)) < setup.protocol.batch_size and not hidden_noises(setup.model()):

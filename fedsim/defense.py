@@ -237,12 +237,21 @@ class Followed(Protocol):
         ...
 
 
+def is_followed(defense: object) -> bool:
+    """Whether what a client sent before tells somebody who knows `defense` more. One made of others says so itself: `followed`."""
+    return isinstance(defense, Followed) and getattr(defense, "followed", True)
+
+
 def beliefs_of(packets: Packets, defense: object | None = None, before: Packets | None = None) -> Beliefs:
     """What an attacker who knows `defense` can say of the update behind `packets`; None knows of no defense.
 
     before  what the same client sent the last time, empty if nothing; None for somebody who does not know
     """
-    beliefs = {name: Belief.exact(packet.dense()) for name, packet in packets.items()}
+    return told_by(defense, packets, {name: Belief.exact(packet.dense()) for name, packet in packets.items()}, before)
+
+
+def told_by(defense: object | None, packets: Packets, beliefs: Mapping[str, Belief], before: Packets | None = None) -> Beliefs:
+    """Beliefs about what `defense`, or one part of it, was given, from those about what it handed on."""
     if before is not None and isinstance(defense, Followed):
         return defense.explain_after(packets, beliefs, before)
-    return defense.explain(packets, beliefs) if isinstance(defense, Explained) else beliefs
+    return defense.explain(packets, beliefs) if isinstance(defense, Explained) else dict(beliefs)

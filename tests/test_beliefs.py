@@ -27,6 +27,7 @@ from defenses import (
     LaplacianNoise,
     LogQuantization,
     NoDefense,
+    Partial,
     PowerSGD,
     Pruning,
     RandomK,
@@ -37,7 +38,7 @@ from defenses import (
     TopK,
     UniformQuantization,
 )
-from fedsim.defense import Belief, Defense, beliefs_of
+from fedsim.defense import Belief, Defense, beliefs_of, is_followed
 from fedsim.seeding import generator
 from fedsim.updates import Update
 from fedsim.wire import Packet, from_bytes, pack, to_bytes
@@ -295,6 +296,9 @@ FOLLOWED = [
     ErrorFeedback(Chain((TopK(0.5), UniformQuantization(8)))),
     ErrorFeedback(NoDefense()),
     *(DeepGradientCompression(0.3, momentum=m, clip=clip) for m, clip in ((0.0, None), (0.9, None), (0.9, 1.0))),
+    *(Chain((UniformQuantization(64), last)) for last in (ErrorFeedback(TopK(0.3)), DeepGradientCompression(0.3))),
+    Chain((ErrorFeedback(TopK(0.3)), UniformQuantization(8))),
+    Partial(ErrorFeedback(TopK(0.3)), ["a"]),
 ]
 
 
@@ -328,6 +332,21 @@ def test_what_top_k_sent_twice_in_a_row_is_known():
     smallest = before["x"].dense()[before["x"].sent()].abs().min()
     assert torch.allclose((belief.high - belief.low)[once], (2 * smallest).expand(int(once.sum())))
     assert not bool(belief.weight[once].any())
+
+
+def test_what_was_sent_before_tells_of_a_defense_that_is_part_of_another_as_it_does_of_it_alone():
+    inner, rng = ErrorFeedback(TopK(0.5)), generator(0, "updates")
+    first, second = ({"x": torch.randn(101, generator=rng)} for _ in range(2))
+    before, state = inner(pack(first), inner.init(first), rng)
+    packets, _ = inner(pack(second), state, rng)
+    alone, blind = beliefs_of(packets, inner, before)["x"], beliefs_of(packets, inner)["x"]
+    assert not torch.equal(alone.high, blind.high)
+    for defense in (Chain([NoDefense(), inner]), Chain([Chain([inner])]), Partial(inner, ["x"])):
+        assert is_followed(defense)
+        told = beliefs_of(packets, defense, before)["x"]
+        for part in ("value", "low", "high", "weight"):
+            assert torch.equal(getattr(told, part), getattr(alone, part))
+    assert not any(map(is_followed, (Chain([inner, TopK(0.5)]), Partial(TopK(0.5), ["x"]))))
 
 
 def test_a_first_message_of_deep_gradient_compression_tells_what_top_k_tells_and_later_ones_of_what_is_sent_again():
