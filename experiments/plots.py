@@ -33,6 +33,7 @@ from experiments.summary import (
     MARGIN,
     PERFECT,
     against_none,
+    each_once,
     furthest,
     in_order,
     leaks_of,
@@ -66,8 +67,8 @@ def draw(folders: Sequence[RunFolder], out: Path, formats: Sequence[str] = ("png
         warnings.simplefilter("error")
         learned = rounds["accuracy"].notna().any()
         if learned:
-            made.append(keep(_accuracy(rounds), out / "accuracy"))
-            made.append(keep(_bytes(rounds), out / "accuracy_against_bytes"))
+            made.append(keep(_accuracy(each_once(rounds)), out / "accuracy"))
+            made.append(keep(_bytes(each_once(rounds)), out / "accuracy_against_bytes"))
         if costs := against_none(folders, rounds):
             made.append(keep(_differences(costs, in_order(rounds["defense"])), out / "accuracy_difference"))
         for attack in leaks["attack"].unique() if len(leaks) else ():

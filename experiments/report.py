@@ -27,7 +27,7 @@ from experiments.ranking import ATTACKERS, Row, counts_of, ranked, strength
 from experiments.replay import replay
 from experiments.scoring import ADAPTIVE, STOLEN_MSE, STOLEN_TOKENS, is_told_labels
 from experiments.study import ABOUT, distinct
-from experiments.summary import TRIVIAL, VICTIM, Summary, attack_settings, furthest, of_text, summarised, tables
+from experiments.summary import TRIVIAL, VICTIM, Summary, attack_settings, each_once, furthest, of_text, summarised, tables
 from fedsim.files import finite, read_json, write_bytes
 from fedsim.run import RunFolder
 from fedsim.setup import build, setup_of
@@ -152,7 +152,7 @@ def _contender(
 ) -> Row:
     """What training under a defense cost, what is proved of it, and how to do it again."""
     of = rounds[rounds["run"].isin([str(folder.path) for folder in folders])].sort_values("round")
-    tested = of.dropna(subset="accuracy")
+    tested = each_once(of).dropna(subset="accuracy")
     done = furthest(of)
     ends = done.dropna(subset="accuracy").groupby("run")["accuracy"].last()
     by = tested.groupby("round")["accuracy"]

@@ -101,10 +101,23 @@ def _joined(tables: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=columns)
 
 
+def each_once(rounds: pd.DataFrame) -> pd.DataFrame:
+    """The rounds of one run of each defense and seed: others repeat its training, as under another attack, and would weigh twice.
+
+    It is the one that came furthest, and was tested most often.
+    """
+    runs = rounds.groupby(["defense", "seed", "run"], sort=False, as_index=False).agg(
+        end=("round", "max"), tested=("accuracy", "count")
+    )
+    best = runs.sort_values(["end", "tested"], ascending=False, kind="stable").drop_duplicates(["defense", "seed"])
+    return rounds[rounds["run"].isin(best["run"])]
+
+
 def furthest(rounds: pd.DataFrame) -> pd.DataFrame:
-    """The rounds of those runs that came as far as any: what one that broke off had learned and sent is no end to average."""
-    ends = rounds.groupby("run")["round"].transform("max")
-    return rounds[ends == ends.max()]
+    """Those of them that came as far as any: what a run that broke off had learned and sent is no end to average."""
+    once = each_once(rounds)
+    ends = once.groupby("run")["round"].transform("max")
+    return once[ends == ends.max()]
 
 
 def against_none(folders: Sequence[RunFolder], rounds: pd.DataFrame) -> dict[str, Difference]:

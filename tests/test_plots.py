@@ -54,9 +54,11 @@ def test_many_defenses_are_ranked_by_the_stronger_attacker_and_by_what_they_cost
     seen = some["defense"].isin([NAMES[3], NAMES[7] + summary.KNOWING])
     some.loc[seen, "verdict"] = "stolen"
     rounds = pd.DataFrame(
-        {"run": name, "round": round, "accuracy": 0.01 * i * round} for i, name in enumerate(["none", *NAMES]) for round in (1, 2)
+        {"run": name, "defense": name, "seed": 0, "round": round, "accuracy": 0.01 * i * round}
+        for i, name in enumerate(["none", *NAMES])
+        for round in (1, 2)
     )
-    broken = rounds[rounds["run"] == NAMES[9]].assign(run="broken")[:1]
+    broken = rounds[rounds["run"] == NAMES[9]].assign(run="broken", seed=1)[:1]
     some.loc[some.index[some["run"] == NAMES[9]][:1], "run"] = "broken"
     figure = plots._pareto(pd.concat([rounds, broken]), some, "dlg", "images")
     left, right = figure.axes
@@ -164,6 +166,19 @@ def test_what_a_run_that_broke_off_had_learned_is_not_averaged_with_others(tmp_p
     (row,) = summary.summarised([RunFolder.open(folder.path) for folder in folders]).rows  # neither came further
     early = [RunFolder.open(folder.path).rounds().dropna(subset="accuracy")["accuracy"].iloc[-1] for folder in folders]
     assert row[1] == f"{sum(early) / 2:.1%}"
+
+
+def test_a_training_that_was_run_twice_weighs_no_more_than_another():
+    def run(name: str, seed: int, accuracies: list[float | None]) -> pd.DataFrame:
+        about = {"run": name, "defense": "none", "seed": seed, "accuracy": accuracies}
+        return pd.DataFrame({"round": range(len(accuracies)), **about}).astype({"accuracy": float})
+
+    once, other = run("a", 0, [0.1, 0.5]), run("b", 1, [0.1, 0.9])
+    for again in (run("c", 0, [0.1, 0.5]), run("c", 0, [None, 0.5]), run("c", 0, [0.1])):  # tested less often; broken off
+        for order in ([once, again, other], [again, other, once]):
+            rounds = summary.furthest(pd.concat(order))
+            assert rounds.groupby("round")["accuracy"].mean().tolist() == [0.1, 0.7]
+            assert rounds["run"].nunique() == 2
 
 
 def test_the_mean_of_equal_accuracies_does_not_reach_beyond_them():
