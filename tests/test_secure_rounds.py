@@ -187,6 +187,20 @@ def test_a_client_that_vanishes_leaves_the_sum_of_the_others(step, out, monkeypa
         assert f"round 1: 2 of 7 clients vanished when asked to {step}: " in caplog.text
 
 
+@pytest.mark.parametrize("step", ["share", "train"])
+def test_who_is_left_is_averaged_by_the_images_of_those_who_are_left(step, monkeypatch):
+    made = {"federation": FEDAVG | {"per_round": 4}, "partition": SKEWED}
+    plain = federate(config(**made), rounds=1)
+    vanishing(monkeypatch, step, {1})
+    left = federate(config(**made, aggregation=SECURE), rounds=1)
+    stayed = [one for one in plain.seen if one.client in (0, 2, 3)]
+    images = [one.num_examples for one in stayed]
+    assert len(set(images)) == 3
+    mean = {name: sum(one.num_examples * one.update[name] for one in stayed) / sum(images) for name in stayed[0].update}
+    before, after = (left.checkpoints[i].tensors for i in (0, 1))
+    close({name: before[name] - after[name] for name in mean}, mean)
+
+
 @pytest.mark.parametrize(
     ("step", "why"),
     [

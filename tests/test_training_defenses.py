@@ -296,6 +296,23 @@ def test_soteria_zeroes_the_columns_of_the_most_telling_features_and_nothing_els
         assert name == "head.weight" or torch.equal(found[name], t)
 
 
+def test_soteria_prunes_each_local_step_by_what_tells_most_at_the_weights_it_has_come_to():
+    model, batches = mlp(SHAPE, CLASSES, hidden=(31,), activation="tanh"), [examples(name="first"), examples(name="second")]
+    start, buffers = split(model)
+    params, pruned = dict(start), []
+    for images, labels in batches:
+        _, gradient = batch_gradients(model, params, buffers, images, labels)
+        pruned.append(sensitivity(model, params, buffers, images).argsort(stable=True)[:12])
+        gradient["head.weight"][:, pruned[-1]] = 0
+        params = {name: t - 0.1 * gradient[name] for name, t in params.items()}
+    found = trained(Soteria(0.4), model, batches)
+    for name, t in start.items():
+        assert torch.allclose(found[name], t - params[name], rtol=0, atol=1e-7), name
+    both = set(pruned[0].tolist()) & set(pruned[1].tolist())
+    assert set((found["head.weight"] == 0).all(0).nonzero().flatten().tolist()) == both
+    assert 0 < len(both) < 12
+
+
 def test_features_that_are_off_are_not_pruned_in_place_of_those_that_tell():
     model, (images, labels) = mlp(SHAPE, CLASSES, hidden=(31,)), examples(1)  # ReLU: about half are off
     params, buffers = split(model)
