@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attacks import metrics
 from attacks.escalation import Escalation, Where
-from attacks.evidence import size_of, views
+from attacks.evidence import Unsupported, size_of, views
 from attacks.generative import GenerativePrior
 from attacks.hidden_noise import hidden_noises
 from attacks.matching import GradientMatching, Plan, Problems, in_chunks
@@ -31,6 +31,7 @@ from fedsim.wire import Packets, pack, unpack
 
 WEIGHTS = (1e-3, 1e-2, 1e-1)  # of total variation: from a tie-break to images that are nearly smooth
 WARM_UP = 8  # rounds that fill a memory before a rehearsal
+REHEARSED = ""  # name of what is rehearsed in an escalation: its variants have those of its members
 AS_WELL = 1.1  # a gap is as good as the truth's up to this factor
 
 
@@ -43,12 +44,12 @@ class Rehearsed:
 
     Threat model: that of the variants, of an attacker who also knows the clients' defense (`known.defense`) and has public images.
 
-    variants     attacks by name
+    variants     attacks by name; one for networks of one kind is left out of rehearsals on another (`Where`)
     rehearsals   public victims for each variant and round, or as many as there are images for
     evaluations  of a rehearsal, at most: enough to tell the variants apart
     """
 
-    variants: Mapping[str, GradientMatching]
+    variants: Mapping[str, GradientMatching | Where]
     rehearsals: int = 8
     evaluations: int = 500
 
@@ -70,15 +71,18 @@ class Rehearsed:
         """One reconstruction for each observation, in order. ValueError without a defense or public images."""
         if not isinstance(known.defense, Defense):
             raise ValueError("an attack that rehearses needs known.defense, the clients' defense")
+        if not seen:
+            return []
+        variants = self._fitting(seen[0], known, model)
         seed = int(torch.randint(2**62, (), generator=rng))
         # What is left of a trained network's gradient is not what is left of an untrained one's: each round has its rehearsal.
         kinds: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, one in enumerate(seen):
             kinds[_kind(one, known)].append(i)
         stages = [self._stage([seen[i] for i in members], known, model, seed) for members in kinds.values()]
-        chosen = dict(zip(kinds, self._rehearsed(stages, known, model, seed), strict=True))
+        chosen = dict(zip(kinds, self._rehearsed(variants, stages, known, model, seed), strict=True))
         found: dict[int, Reconstruction] = {}
-        for name, attack in self.variants.items():
+        for name, attack in variants.items():
             members = [i for kind, those in kinds.items() if chosen[kind][0] == name for i in those]
             if not members:
                 continue
@@ -94,9 +98,23 @@ class Rehearsed:
             for i, stolen in zip(members, made, strict=True):
                 as_well = chosen[_kind(seen[i], known)][1]
                 unit = float(_problems([seen[i]], known, model, attack).unit)
-                explained = stolen.loss <= (as_well + attack.tolerance) * unit
-                found[i] = replace(stolen, attack=name, converged=explained)
+                found[i] = replace(stolen, attack=name, converged=stolen.converged or stolen.loss <= as_well * unit)
         return [found[i] for i in range(len(seen))]
+
+    def _fitting(self, one: Observation, known: Knowledge, model: nn.Module) -> dict[str, GradientMatching]:
+        """The variants for networks of this kind. Raises Unsupported if there are none."""
+        fitting, refusals = {}, []
+        for name, attack in self.variants.items():
+            if isinstance(attack, GradientMatching):
+                fitting[name] = attack
+            elif (refusal := attack.refusal(one, known, model)) is None:
+                assert isinstance(attack.attack, GradientMatching)
+                fitting[name] = attack.attack
+            else:
+                refusals.append(refusal)
+        if not fitting:
+            raise Unsupported("; ".join(dict.fromkeys(refusals)))
+        return fitting
 
     def _stage(self, seen: Sequence[Observation], known: Knowledge, model: nn.Module, seed: int) -> "_Stage":
         """Public victims in the place of these."""
@@ -111,19 +129,26 @@ class Rehearsed:
         played = [self._played(seen[i % len(seen)], own[i:] + own[:i], known, model, seed, i) for i in range(count)]
         return _Stage(played, [_trained_on(one, batch, known, seed) for one, batch in zip(played, own, strict=True)])
 
-    def _rehearsed(self, stages: "Sequence[_Stage]", known: Knowledge, model: nn.Module, seed: int) -> list[tuple[str, float]]:
+    def _rehearsed(
+        self,
+        variants: Mapping[str, GradientMatching],
+        stages: "Sequence[_Stage]",
+        known: Knowledge,
+        model: nn.Module,
+        seed: int,
+    ) -> list[tuple[str, float]]:
         """For each stage the best variant's name, and the gap, in units, that the truth leaves at most; all as one program."""
         told = replace(known, labels=[y for stage in stages for _, y in stage.truth])
         played = [one for stage in stages for one in stage.played]
-        best: list[tuple[float, str]] = [(-math.inf, next(iter(self.variants)))] * len(stages)
-        for name, attack in self.variants.items():
+        best: list[tuple[float, str]] = [(-math.inf, next(iter(variants)))] * len(stages)
+        for name, attack in variants.items():
             budget = min(self.evaluations, attack.optimizer.evaluations)
             brief = replace(attack, optimizer=replace(attack.optimizer, evaluations=budget), restarts=1, record=0)
             made = iter(brief(played, told, model, generator(seed, "rehearsal", "attack")))
             scores = [stage.decibels([next(made) for _ in stage.played]) for stage in stages]
             best = [max(one, (score, name), key=lambda pair: pair[0]) for one, score in zip(best, scores, strict=True)]
         return [
-            (name, AS_WELL * self._gap_of_truth(stage, known, model, self.variants[name]))
+            (name, AS_WELL * self._gap_of_truth(stage, known, model, variants[name], seed))
             for stage, (_, name) in zip(stages, best, strict=True)
         ]
 
@@ -190,13 +215,15 @@ class Rehearsed:
             )
         return known.defense(pack(trained.update), state, generator(seed, "rehearsal", "defense", number, back))
 
-    def _gap_of_truth(self, stage: "_Stage", known: Knowledge, model: nn.Module, attack: GradientMatching) -> float:
+    def _gap_of_truth(self, stage: "_Stage", known: Knowledge, model: nn.Module, attack: GradientMatching, seed: int) -> float:
         if attack.noises(model):  # what the clients drew is part of the truth, and not among what is told here
             return 0.0
         group = _problems(stage.played, known, model, attack)
         group.labels = torch.stack([torch.cat([y] * group.plan.copies) for _, y in stage.truth])
         points = torch.stack([x.repeat(group.plan.copies, 1, 1, 1).flatten() for x, _ in stage.truth]).to(group.dtype)
-        gaps = in_chunks(group.gaps, points, torch.arange(len(points), device=points.device), 1)
+        with torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else []):
+            torch.manual_seed(seed)  # for models that draw
+            gaps = in_chunks(group.gaps, points, torch.arange(len(points), device=points.device), 1)
         return float((gaps / group.unit).max())
 
 
@@ -254,8 +281,8 @@ def adapted(attack: Attack, model: nn.Module, defense: object) -> Attack | None:
     leave at other images too. Where the defense hides the length of an update, a gap that ignores it is rehearsed as well, from
     grey; where the model draws at random, leaving out what stands behind the draw, and looking for the draw. Where the defense
     mixes images, soft labels are looked for; where it reflects pixels, |2 p - 1| is what varies little. What it did to the images
-    is then undone, whatever found them. Of an escalation each attack is adapted. A search among a generator's images knows the
-    defense by `known.defense` alone.
+    is then undone, whatever found them; of reflected ones no more than that, as they may be their negatives. The searches of an
+    escalation are rehearsed together. A search among a generator's images knows the defense by `known.defense` alone.
     """
     other = _informed(attack, model, defense)
     if isinstance(other, GenerativePrior):
@@ -264,8 +291,27 @@ def adapted(attack: Attack, model: nn.Module, defense: object) -> Attack | None:
         if isinstance(part, Reversible):
             other = Undone(other or attack, part)
         elif isinstance(part, Mixing):
-            return Unmixed(other or attack, part)
+            other = Unmixed(other or attack, part)
+            if part.reflects:
+                break
     return other
+
+
+def _rehearsed_together(attacks: Mapping[str, Attack]) -> dict[str, Attack]:
+    """The attacks, with one rehearsal in the place of all those that rehearse: behind a defense each of them may explain what was
+    seen as well as the truth does, and what it made of public images tells which of them sees most."""
+    found: dict[str, Attack] = {}
+    variants: dict[str, GradientMatching | Where] = {}
+    for name, attack in attacks.items():
+        if isinstance(attack, Rehearsed):
+            variants |= {f"{name} {way}": one for way, one in attack.variants.items()}
+        elif isinstance(attack, Where) and isinstance(attack.attack, Rehearsed):
+            variants |= {f"{name} {way}": replace(attack, attack=one) for way, one in attack.attack.variants.items()}
+        else:
+            found[name] = attack
+            continue
+        found[REHEARSED] = Rehearsed(variants)
+    return found
 
 
 def rehearses(attack: object) -> bool:
@@ -279,7 +325,9 @@ def _informed(attack: Attack, model: nn.Module, defense: object) -> Attack | Non
     if isinstance(attack, GenerativePrior):
         return attack
     if isinstance(attack, Escalation):
-        return replace(attack, attacks={name: _informed(one, model, defense) or one for name, one in attack.attacks.items()})
+        return replace(
+            attack, attacks=_rehearsed_together({n: _informed(one, model, defense) or one for n, one in attack.attacks.items()})
+        )
     if isinstance(attack, Where):
         return replace(attack, attack=_informed(attack.attack, model, defense) or attack.attack)
     if not isinstance(attack, GradientMatching):

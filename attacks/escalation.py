@@ -1,24 +1,31 @@
 """From the attack that is exact and takes milliseconds to the one that searches for minutes: the first that works."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from attacks.evidence import Unsupported, relative_gap, size_of
+from fedsim.defense import mixes
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction
 from fedsim.seeding import generator
 
-KINKED = (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.PReLU, nn.Hardtanh, nn.MaxPool2d)
+# What has a kink, by the name of its step backward.
+KINKED = {"Relu", "LeakyRelu", "PreluKernel", "RreluWithNoise", "Hardtanh", "Hardswish", "Hardsigmoid", "Threshold", "Softshrink"}
+KINKED |= {"Hardshrink", "Abs", "Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum", "Max", "Min", "Amax", "Amin"}
+KINKED |= {"MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D"}
 
 
 @dataclass(frozen=True)
 class Escalation:
     """Tries attacks in order, each on those victims only whose reconstruction has not `converged` yet.
 
-    An attack that cannot work on the model or the batch is passed over. Where none converges, the reconstruction whose gradient is
-    nearest to the one that was sent is reported (relative squared gap, recomputed: the attacks' own losses do not compare).
+    An attack that cannot work on the model or the batch is passed over. Where none converges, the reconstruction whose gradient
+    points most nearly where the one that was sent does is reported (recomputed: the attacks' own losses do not compare). Soft
+    labels explain what images do not, so it is the gradient for their likeliest labels, unless a known defense mixes labels.
     A reconstruction's `attack` names who made it; its seconds and evaluations are those of all that were tried.
 
     Threat model: that of its attacks.
@@ -58,9 +65,8 @@ class Escalation:
                     continue
                 for i, one in zip(members, made, strict=True):
                     spent[i] = (spent[i][0] + one.evaluations, spent[i][1] + one.seconds)
-                    gap = relative_gap(
-                        seen[i], known, model, one.images, one.labels if one.probabilities is None else one.probabilities
-                    )
+                    labels = one.labels if one.probabilities is None or not mixes(known.defense) else one.probabilities
+                    gap = relative_gap(seen[i], known, model, one.images, labels, scale_free=True)
                     if i not in best or one.converged or gap < best[i][0]:
                         best[i] = (gap, replace(one, attack=f"{name} {one.attack}".strip()))
             if report:
@@ -89,8 +95,31 @@ class Where:
         report: Callable[[int, int], None] | None = None,
     ) -> list[Reconstruction]:
         """What the attack makes of the observations; Unsupported on a network of the other kind."""
-        kinks = sorted({type(m).__name__ for m in model.modules() if isinstance(m, KINKED)})
-        if self.smooth == bool(kinks):
-            kind = f"has {', '.join(kinks)}" if kinks else "is smooth"
-            raise Unsupported(f"{self.attack} is for {'smooth' if self.smooth else 'kinked'} networks, and this one {kind}")
+        if refusal := self.refusal(seen[0], known, model):
+            raise Unsupported(refusal)
         return self.attack(seen, known, model, rng)
+
+    def refusal(self, one: Observation, known: Knowledge, model: nn.Module) -> str | None:
+        """Why the attack is none for this network, if so."""
+        if self.smooth != bool(kinks := _kinks(one, known, model)):
+            return None
+        kind = f"has {', '.join(kinks)}" if kinks else "is smooth"
+        return f"{self.attack} is for {'smooth' if self.smooth else 'kinked'} networks, and this one {kind}"
+
+
+def _kinks(one: Observation, known: Knowledge, model: nn.Module) -> list[str]:
+    """The functions with kinks that a network computes of images, as modules or in its `forward`."""
+    params = {name: t.detach().requires_grad_() for name, t in one.params.items()}
+    buffers = {name: t.clone() for name, t in one.buffers.items()}  # BatchNorm writes to them
+    images = next(iter(params.values())).new_zeros(2, *known.image_shape)
+    with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
+        nodes = [functional_call(model, {**params, **buffers}, (images,)).grad_fn]
+    seen, found = set(nodes), set()
+    while nodes:
+        if (node := nodes.pop()) is None:
+            continue
+        found.add(re.sub(r"Backward\d*$", "", type(node).__name__))
+        further = {following for following, _ in node.next_functions} - seen
+        nodes += further
+        seen |= further
+    return sorted(found & KINKED)

@@ -100,13 +100,16 @@ def sent_entries(seen: Observation, name: str) -> Tensor | None:
     return None if packet.support is None or packet.rank is not None else packet.sent()
 
 
-def relative_gap(seen: Observation, known: Knowledge, model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def relative_gap(
+    seen: Observation, known: Knowledge, model: nn.Module, images: Tensor, labels: Tensor, *, scale_free: bool = False
+) -> float:
     """|gradient at the reconstruction - sent|^2 / |sent|^2, over the entries that were sent; inf where that is no number.
 
     What the model draws at random is drawn from one seed. Nobody knows the client's, so a model that draws leaves a gap.
 
-    images  (B, C, H, W)
-    labels  (B,) int64, or (B, K) probabilities
+    images      (B, C, H, W)
+    labels      (B,) int64, or (B, K) probabilities
+    scale_free  take the gradient by the factor that brings it nearest: defenses shorten updates, and not all say so
     """
     sent = gradient_of(seen, known)
     params = {name: t.detach().requires_grad_() for name, t in seen.params.items()}
@@ -116,14 +119,21 @@ def relative_gap(seen: Observation, known: Knowledge, model: nn.Module, images: 
         torch.manual_seed(0)
         loss = batch_loss(model, params, buffers, images.to(device), labels.to(device))
     ours = torch.autograd.grad(loss, [params[name] for name in sent])
-    gap = size = 0.0
-    for (name, theirs), mine in zip(sent.items(), ours, strict=True):
-        off = mine - theirs
-        if (mask := sent_entries(seen, name)) is not None:
-            off = off * mask  # what was not sent reads as 0 and adds nothing to the size
-        gap += float(off.square().sum(dtype=torch.float64))
-        size += float(theirs.square().sum(dtype=torch.float64))
+    made = {}
+    for name, gradient in zip(sent, ours, strict=True):
+        mask = sent_entries(seen, name)
+        made[name] = gradient if mask is None else gradient * mask  # what was not sent reads as 0
+    factor = 1.0
+    if scale_free:
+        length, product = _product(made, made), _product(made, sent)
+        factor = max(0.0, product / length) if length else 0.0
+    off = {name: factor * g - sent[name] for name, g in made.items()}
+    gap, size = _product(off, off), _product(sent, sent)
     return (gap / size if size else gap) if math.isfinite(gap) else math.inf
+
+
+def _product(some: Update, others: Update) -> float:
+    return sum(float((t.double() * others[name].double()).sum()) for name, t in some.items())
 
 
 @torch.no_grad()

@@ -243,8 +243,8 @@ class GenerativePrior:
             with torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else []):
                 torch.manual_seed(seed)  # for models that draw: dropout, variational bottlenecks
                 group.labels = torch.stack([self.matching.labels_of(seen[i], i, plans[i], known, model) for i in members])
-                begin = torch.stack([starts[i] for i in members]).to(group.device)
-                results |= zip(members, self._solve(group, network.to(group.device), begin), strict=True)
+                begin = torch.stack([starts[i] for i in members]).to(group.device, group.dtype)
+                results |= zip(members, self._solve(group, network.to(group.device, group.dtype), begin), strict=True)
             if report:
                 report(len(results), len(seen))
         return [results[i] for i in range(len(seen))]
@@ -272,6 +272,7 @@ class GenerativePrior:
             gaps[every, best] = in_chunks(group.gaps, tuned.flatten(1), every, chunk)
             spent = spent + more
         gaps, images = _finite(gaps), images.nan_to_num().clamp(0, 1)
+        most = group.enough(images[every, gaps.argmin(1)].flatten(1), chunk)
         seconds = time.perf_counter() - began
         assert group.labels is not None
         made = []
@@ -282,7 +283,7 @@ class GenerativePrior:
                     images=images[i, best],
                     labels=group.labels[i],
                     loss=float(gaps[i, best]),
-                    converged=bool(gaps[i, best] <= self.matching.tolerance * group.unit[i]),
+                    converged=bool(gaps[i, best] <= most[i]),
                     starts=images[i, :tried],
                     losses=gaps[i, :tried],
                     evaluations=int(spent[i]),

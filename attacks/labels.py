@@ -227,18 +227,17 @@ def _pooled_signal(seen: Observation, known: Knowledge, model: nn.Module, batch_
 
 
 def _class_signal(update: Mapping[str, Tensor], num_classes: int) -> Tensor:
-    """(K,) mean(p - y), from the head's bias: the last tensor of shape (K,).
+    """(K,) mean(p - y), from the head's bias: the last tensor of shape (K,), unless a matrix of the head follows.
 
     A head without one is read off its weight (K, D), the last such matrix: its rows are (p - y) times the features, so their
     sums have the sign of p - y where features are positive (ReLU, sigmoid), and a scale that makes their negative part sum to
     -(1 - 1/K), about what B labels leave of it.
     """
-    biases = [t for t in update.values() if t.shape == (num_classes,)]
-    if biases:
-        return biases[-1]
-    weights = [t for t in update.values() if t.dim() == 2 and len(t) == num_classes]
-    if weights:
-        rows = weights[-1].sum(1)
+    heads = [t for t in update.values() if t.dim() in (1, 2) and len(t) == num_classes]
+    if heads and heads[-1].dim() == 1:
+        return heads[-1]
+    if heads:
+        rows = heads[-1].sum(1)
         negative = -rows.clamp(max=0).sum()
         return rows * (1 - 1 / num_classes) / negative if negative > 0 else rows
     shapes = [tuple(t.shape) for t in update.values()]

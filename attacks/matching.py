@@ -257,9 +257,7 @@ class GradientMatching:
         gaps = in_chunks(group.gaps, minima.points.flatten(0, 1), problems, chunk).reshape(v, r)
         gaps = torch.where(minima.losses.isfinite() & gaps.isfinite(), gaps, torch.inf)
         victims = torch.arange(v, device=starts.device)
-        noise = group.noise(minima.points[victims, gaps.argmin(1)])  # a start that was not tried has no finite gap here
-        unseen = in_chunks(group.gaps, noise, victims, chunk)
-        most = torch.fmin(self.tolerance * group.unit, SEES * unseen)  # noise may leave no number
+        most = group.enough(minima.points[victims, gaps.argmin(1)], chunk)  # a start that was not tried has no finite gap here
         seconds = time.perf_counter() - began
         spent = minima.evaluations.sum(1)
         share = (seconds * spent / spent.sum().clamp(min=1)).tolist()
@@ -518,10 +516,13 @@ class Problems:
         """Points with their images clamped to [0, 1]."""
         return torch.cat([points[:, : self.pixels].clamp(0, 1), points[:, self.pixels :]], 1)
 
-    def noise(self, points: Tensor) -> Tensor:
-        """Points with noise from U(0, 1) in the place of their images, always the same."""
+    def enough(self, points: Tensor, chunk: int) -> Tensor:
+        """(V,) the gap up to which a point of each problem (V, D) explains what was sent: the tolerance, and no more than a part of
+        what noise from U(0, 1), always the same, leaves in the place of its images. Where noise does as well, nothing was seen."""
         images = torch.rand(points.shape[0], self.pixels, generator=generator(0, "noise"))
-        return torch.cat([images.to(points), points[:, self.pixels :]], 1)
+        noise = torch.cat([images.to(points), points[:, self.pixels :]], 1)
+        unseen = in_chunks(self.gaps, noise, torch.arange(len(points), device=points.device), chunk)
+        return torch.fmin(self.attack.tolerance * self.unit, SEES * unseen)  # noise may leave no number
 
     def blocks(self) -> Tensor:
         """(copies * n, D) bool: the unknowns of each image, its label's logits among them."""

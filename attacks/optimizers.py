@@ -33,7 +33,8 @@ class State:
     trial   (P, D) where the problems are to be evaluated next
     best    (P, D) best point so far
     loss    (P,) loss at `best`; inf before the first evaluation
-    status  (P,) RUNNING; STALLED when no step along the gradient lowers the loss; DIVERGED without a finite loss to return to
+    status  (P,) RUNNING; STALLED when no step along the gradient lowers the loss; DIVERGED where loss or gradient is no number,
+            of a search with line searches at its start only
     """
 
     trial: Tensor
@@ -590,7 +591,7 @@ def minimise(
             continue
         ended = owner[rows]
         points[ended], status[ended], evaluations[ended] = state.best[rows], state.status[rows], spent[rows]
-        losses[ended] = torch.where(state.status[rows] == DIVERGED, math.inf, state.loss[rows])
+        losses[ended] = state.loss[rows]
         for start, success in zip(ended.tolist(), reached[rows].tolist(), strict=True):
             tried[start // r] += 1
             if success or tried[start // r] == r or late:

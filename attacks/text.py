@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from attacks.batching import one_by_one, streams
-from attacks.evidence import gradient_of
+from attacks.evidence import gradient_of, size_of
 from attacks.labels import analytic_labels
 from attacks.optimizers import Adam, Minima, Stop, minimise
 from attacks.terms import CosineGap, Gap
@@ -180,7 +180,7 @@ class TextMatching:
         seed = int(torch.randint(2**62, (), generator=rng))
         groups: dict[tuple[int, int], list[_Victim]] = defaultdict(list)
         for i, (one, stream) in enumerate(zip(seen, streams(seen, seed, "start"), strict=True)):
-            size, gradient = known.batch_size or one.num_examples, gradient_of(one, known)
+            size, gradient = size_of(one, known), gradient_of(one, known)
             words = known.labels[i] if known.labels and self.labels == "given" else hidden_words(gradient, known, embedding, size)
             groups[(size, words.numel())].append(_Victim(i, one, gradient, words.to(gradient[embedding].device), stream))
         found: dict[int, Reconstruction] = {}
@@ -479,7 +479,7 @@ class SpanCheck:
     @torch.no_grad()
     def _one(self, layers: "_Layers", one: Observation, known: Knowledge, rng: torch.Generator) -> Reconstruction:
         began = time.perf_counter()
-        size, (length,) = known.batch_size or one.num_examples, known.image_shape
+        size, (length,) = size_of(one, known), known.image_shape
         device = layers.gradient["head.weight"].device
         everything = torch.arange(known.num_classes, device=device)[:, None].expand(-1, length)
         spans = [layers.span(block, self.rank) for block in range(1 if size == 1 else 2)]

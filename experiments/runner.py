@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from attacks import Escalation, GradientMatching, adapted
 from attacks.adaptive import rehearses
@@ -89,11 +90,25 @@ def check_config(config: Config) -> None:
     shape, classes = ((16,), 400) if data["name"] == "text" else (image_shape(data["name"], data.get("side")), 10)
     model = build_checked("model", config["model"], image_shape=shape, num_classes=classes)
     check_model(build_checked("defense", config["defense"]), model.train(config["federation"].get("train_mode", True)))
+    _check_batch(model, shape, config)
     if data.get("train_size") is not None and data["train_size"] < clients:
         raise ValueError(
             f"data.train_size={data['train_size']} examples are too few for federation.clients={clients}: one each at least"
         )
     check(data["name"], data["root"], download=data.get("download", False))
+
+
+def _check_batch(model: nn.Module, shape: tuple[int, ...], config: Config) -> None:
+    """Raises ConfigError where the network cannot train on the smallest batch it will see."""
+    size = min(2, config["federation"]["batch_size"])
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(torch.zeros(size, *shape, dtype=torch.int64 if config["data"]["name"] == "text" else torch.float32))
+    except (RuntimeError, ValueError) as error:
+        mode = config["federation"].get("train_mode", True)
+        told = f"model={config['choices']['model']} fails on {size} of {tuple(shape)}: {' '.join(str(error).split())}"
+        ways = "take a larger data.side or federation.batch_size" + (", or federation.train_mode=false" if mode else "")
+        raise ConfigError(f"{told}; {ways}") from None
 
 
 def _check_strategy(config: Config) -> None:
@@ -307,8 +322,8 @@ def _go(
 def attack_together(folders: Sequence[RunFolder]) -> None:
     """Makes the attacks that are left of trained runs which differ in seed, defense or first weights alone.
 
-    What an attacker does who does not know the defense is one program for all of them. It draws for each run what it would have
-    drawn for it alone. One who knows it does something else behind each defense.
+    What an attacker does who does not know the defense is one program for all of them. It begins for each run where it would have
+    begun for it alone. One who knows it does something else behind each defense.
     """
     one_thread()
     setups = [folder.setup() for folder in folders]

@@ -34,7 +34,7 @@ from experiments.config import compose
 from experiments.runner import attack_again, attack_of, start, with_history
 from fedsim.data import load
 from fedsim.defense import Belief, Defense, hooks_of
-from fedsim.models import lenet, mlp
+from fedsim.models import Default, lenet, mlp
 from fedsim.observation import Knowledge, Observation
 from fedsim.seeding import generator
 from fedsim.setup import setup_of
@@ -170,6 +170,43 @@ def test_an_attacker_who_explains_all_that_noise_leaves_to_explain_has_converged
     short = replace(attack, optimizer=replace(attack.optimizer, evaluations=3))
     unfinished = adapted(short, model, defense)(seen, replace(known, defense=defense), model, generator(0, "attack"))
     assert not any(one.converged for one in unfinished)
+
+
+def test_where_every_image_explains_what_was_seen_no_search_has_converged():
+    """PyTorch's own first weights let hardly anything of an image through to the gradient."""
+    model, defense = lenet(DATA.image_shape, 10, init=Default()), Clip(1e6)
+    params, buffers = split(model)
+    batches = [DATA.train.batch(torch.tensor([i])) for i in range(2)]
+    seen = [
+        Observation(params, pack(local_update(model, params, buffers, [batch], lr=1.0).update), 1, client=i)
+        for i, batch in enumerate(batches)
+    ]
+    known = Knowledge(DATA.image_shape, 10, lr=1.0, local_steps=1, public=DATA.test)
+    knowing = replace(adapted(attacks.cosine_lbfgs(evaluations=20), model, defense), rehearsals=2, evaluations=20)
+    for attack in (attacks.cosine_lbfgs(evaluations=20), knowing, attacks.gias(latents=16, evaluations=20)):
+        found = attack(seen, replace(known, defense=defense), model, generator(0, "attack"))
+        assert all(one.loss < 1e-4 for one in found)
+        assert bool((decibels(found, torch.cat([x for x, _ in batches])) < 20).all())
+        assert not any(one.converged for one in found)
+
+
+def test_the_gap_of_the_truth_leaves_global_chance_alone_and_does_not_depend_on_it():
+    layers = [torch.nn.Conv2d(3, 5, 5, stride=4), torch.nn.Sigmoid(), torch.nn.Flatten(), torch.nn.Dropout(0.3)]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(245, 10)).train()
+    params, buffers = split(model)
+    update = local_update(model, params, buffers, [DATA.train.batch(torch.tensor([0]))], lr=1.0).update
+    defense = GaussianNoise(relative=0.05)
+    known = Knowledge(DATA.image_shape, 10, lr=1.0, local_steps=1, public=DATA.test, defense=defense)
+    attack = replace(adapted(attacks.idlg(evaluations=3), model, defense), rehearsals=2, evaluations=3)
+    gaps = []
+    for seed in (0, 1):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            stage = attack._stage([Observation(params, pack(update), 1)], known, model, 0)
+            gaps.append(attack._gap_of_truth(stage, known, model, next(iter(attack.variants.values())), 0))
+            assert torch.equal(torch.get_rng_state(), before)
+    assert gaps[0] == gaps[1] > 0
 
 
 def test_rehearsals_go_through_defenses_that_act_in_training():

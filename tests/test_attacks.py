@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import attacks
 from attacks import (
     LBFGS,
+    SGD,
     Adam,
     CosineGap,
     GradientMatching,
@@ -146,6 +147,23 @@ def test_a_problem_that_is_not_a_number_diverges_alone(optimizer: LBFGS | Adam) 
     assert torch.allclose(found.points[:2], expected.points, atol=1e-12)
 
 
+@pytest.mark.parametrize("optimizer", [LBFGS(200), Adam(200, rate=0.05), SGD(200, rate=0.05)], ids=repr)
+def test_what_was_found_before_a_loss_that_is_no_number_is_kept(optimizer: LBFGS | Adam | SGD) -> None:
+    asked = 0
+
+    def evaluate(points: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal asked
+        asked += 1
+        losses = (points - 1).square().sum(1) + (points - 1).pow(4).sum(1)
+        return losses * (math.nan if asked == 8 else 1), 2 * (points - 1) + 4 * (points - 1).pow(3)
+
+    found = minimise(evaluate, torch.zeros(1, 1, 3), optimizer, chunk=1)
+    assert float(found.losses) == pytest.approx(
+        float((found.points - 1).square().sum() + (found.points - 1).pow(4).sum()), rel=1e-4
+    )
+    assert float(found.losses) < 6
+
+
 def test_lbfgs_backs_off_from_where_the_loss_is_not_finite() -> None:
     # -log(1 - |x|) + x^2 has its minimum at 0 and no value beyond 1; large steps land there.
     def barrier(points: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,6 +274,16 @@ def test_the_label_is_exact_without_a_bias_where_features_are_positive() -> None
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.Sigmoid(), nn.Linear(9, 7, bias=False))
     rng = generator(0, "no bias")
     for _ in range(200):
+        params = {name: torch.randn(p.shape, generator=rng) for name, p in model.named_parameters()}
+        label = torch.randint(7, (1,), generator=rng)
+        update = local_update(model, params, {}, [(torch.rand(1, 3, 2, 2, generator=rng), label)], lr=1).update
+        assert torch.equal(analytic_labels(update, 7), label)
+
+
+def test_a_hidden_layer_of_as_many_units_as_classes_is_no_head() -> None:
+    layers = [nn.Flatten(), nn.Linear(12, 7), nn.Sigmoid(), nn.Linear(7, 7, bias=False)]
+    model, rng = nn.Sequential(*layers), generator(0, "hidden")
+    for _ in range(50):
         params = {name: torch.randn(p.shape, generator=rng) for name, p in model.named_parameters()}
         label = torch.randint(7, (1,), generator=rng)
         update = local_update(model, params, {}, [(torch.rand(1, 3, 2, 2, generator=rng), label)], lr=1).update

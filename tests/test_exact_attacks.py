@@ -389,6 +389,67 @@ def test_the_next_attack_gets_only_the_victims_that_are_left_and_the_best_explan
     assert reports == sorted(reports)
 
 
+def test_of_unconverged_reconstructions_the_one_whose_gradient_points_best_is_reported_whatever_its_length() -> None:
+    model, images = small_mlp("tanh"), images_of(TINY, 1)
+    seen = client(model, images, torch.tensor([0]))
+    shorter = replace(seen, packets=pack({name: t / 900 for name, t in seen.update.items()}))
+    near, wrong = Scripted(images, 0.001), Scripted(images, 0.3)
+    for order in ({"near": near, "wrong": wrong}, {"wrong": wrong, "near": near}):
+        (found,) = Escalation(order)([shorter], Knowledge(TINY, 11), model, generator(0, "clipped"))
+        assert found.attack == "near"
+
+
+def test_soft_labels_explain_nothing_where_nobody_mixes() -> None:
+    """A wrong image may come with probabilities that bring its gradient to the one that was sent."""
+    model, images = small_mlp("tanh"), images_of(TINY, 1)
+    seen = client(model, images, torch.tensor([0]))
+    exact, soft = Scripted(images, 0.01), Scripted(images, 0.1)
+
+    def with_labels(*asked: Any) -> list[Reconstruction]:
+        (one,) = soft(*asked)
+        _, logits = fed_to_linear(model, seen.params, seen.buffers, one.images)
+        probabilities = soft_labels(
+            seen.update, "head", fed_to_linear(model, seen.params, seen.buffers, one.images)[0]["head"], logits
+        )
+        return [replace(one, labels=torch.tensor([3]), probabilities=probabilities)]
+
+    (found,) = Escalation({"exact": exact, "soft": with_labels})([seen], Knowledge(TINY, 11), model, generator(0, "soft"))
+    assert found.attack == "exact"
+
+
+class Functional(nn.Module):
+    """A network whose activations are no modules."""
+
+    def __init__(self, activation: Any) -> None:
+        super().__init__()
+        self.activation = activation
+        self.first, self.last = nn.Linear(70, 13), nn.Linear(13, 11)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.activation(self.first(images.flatten(1))))
+
+
+@pytest.mark.parametrize(
+    ("activation", "smooth"),
+    [
+        (nn.functional.relu, False),
+        (nn.functional.hardswish, False),
+        (lambda x: x.clamp(min=0), False),
+        (lambda x: nn.functional.max_pool1d(x, 1), False),
+        (nn.PReLU(), False),
+        (torch.sigmoid, True),
+        (nn.functional.silu, True),
+        (nn.functional.softplus, True),
+    ],
+)
+def test_kinks_are_seen_in_what_a_network_computes(activation: Any, smooth: bool) -> None:
+    model = Functional(activation)
+    seen = client(model, images_of(TINY, 1), torch.tensor([0]))
+    for kind in (True, False):
+        refusal = Where(attacks.idlg(), smooth=kind).refusal(seen, Knowledge(TINY, 11), model)
+        assert (refusal is None) == (kind == smooth)
+
+
 class RGAPOfConvolutions:
     """An attack that fits no model of this test."""
 

@@ -27,6 +27,7 @@ from fedsim.wire import pack
 torch.set_num_threads(1)
 
 SHAPE, CLASSES, PIXELS = (2, 8, 8), 5, 128
+TYPES = ("float32", "float64")
 FREEDOM = 18  # a smooth image interpolates 2 channels of 3 x 3 numbers, linearly
 
 
@@ -183,6 +184,12 @@ def test_unlikely_latents_are_paid_for() -> None:
     (one,) = prior(likely=1e6)(seen, KNOWN, model, generator(0, "attack"))
     mean = (PUBLIC.pixels.float() / 255).mean(0)
     assert torch.allclose(one.images[0], mean, atol=1e-3)
+
+
+def test_a_search_in_double_precision_finds_the_same() -> None:
+    model, seen, _ = victims([2])
+    single, double = (prior(dtype=dtype, optimizer=LBFGS(20))(seen, KNOWN, model, generator(0, "attack"))[0] for dtype in TYPES)
+    assert double.loss == pytest.approx(single.loss, rel=0.2)
 
 
 def test_a_generator_needs_public_images_of_the_victims_shape() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import attacks
-from attacks import Escalation, GradientMatching, Rehearsed, TotalVariation, Undone, Unmixed, Where, adapted, metrics
+from attacks import Escalation, Rehearsed, TotalVariation, Undone, Unmixed, Where, adapted, metrics
 from attacks.evidence import views
 from attacks.unmixing import unmixed
 from defenses import ATS, Chain, ErrorFeedback, GaussianNoise, InstaHide, MixUp, NoDefense, TopK
@@ -134,6 +135,8 @@ def test_what_a_defense_did_to_images_is_undone_from_the_last_on():
         return found
 
     assert stages(Chain((MixUp(), ATS(), TopK(0.5)))) == [MixUp(), ATS()]
+    assert stages(Chain((ATS(), MixUp()))) == [ATS(), MixUp()]
+    # What is reflected may be its negative, of which the transformation is not to be undone.
     assert stages(ErrorFeedback(Chain((ATS(), InstaHide(), TopK(0.5))))) == [InstaHide()]
     assert [stages(one) for one in (NoDefense(), Chain((TopK(0.5),)))] == [[], []]
 
@@ -175,7 +178,7 @@ def test_a_rehearsal_is_held_against_what_was_trained_on(defense):
     assert isinstance(rehearsed, Rehearsed)
     variant = next(iter(rehearsed.variants.values()))
     stage = replace(rehearsed, rehearsals=2)._stage(seen, known, model, 0)
-    assert rehearsed._gap_of_truth(stage, known, model, variant) < 1e-6
+    assert rehearsed._gap_of_truth(stage, known, model, variant, 0) < 1e-6
 
 
 def test_who_knows_of_mixing_looks_for_soft_labels_and_undoes_it():
@@ -197,12 +200,31 @@ def test_each_attack_of_an_escalation_is_adapted():
     strongest = attacks.strongest()
     knowing = adapted(strongest, model, TopK(0.5))
     assert isinstance(knowing, Escalation)
-    assert list(knowing.attacks) == list(strongest.attacks)
-    for name, one in knowing.attacks.items():
-        before, after = ((a.attack, a.smooth) if isinstance(a, Where) else (a, None) for a in (strongest.attacks[name], one))
-        assert before[1] == after[1]
-        assert isinstance(after[0], Rehearsed) if isinstance(before[0], GradientMatching) else after[0] == before[0]
+    *exact, rehearsed = knowing.attacks.values()
+    searches = {name: one for name, one in strongest.attacks.items() if isinstance(one, Where)}
+    assert exact == [one for name, one in strongest.attacks.items() if name not in searches]
+    assert isinstance(rehearsed, Rehearsed)
+    for name, search in searches.items():
+        alone = adapted(search.attack, model, TopK(0.5))
+        assert isinstance(alone, Rehearsed)
+        for way, variant in alone.variants.items():
+            assert rehearsed.variants[f"{name} {way}"] == Where(variant, search.smooth)
+    assert len(rehearsed.variants) == 3 * len(searches)
     assert isinstance(adapted(strongest, model, MixUp()), Unmixed)
+
+
+@pytest.mark.parametrize(("activation", "names"), [("sigmoid", {"dlg", "cosine_lbfgs"}), ("relu", {"inverting_gradients"})])
+def test_what_is_rehearsed_of_an_escalation_is_for_networks_of_this_kind_and_the_best_of_all_its_searches(activation, names):
+    build = partial(lenet, DATA.image_shape, 10, activation=activation)
+    model, seen, _ = victims(TopK(0.5), 1, 1, build=lambda rng: build(rng=rng))
+    knowing = adapted(attacks.strongest(restarts=1, evaluations=4, iterations=4, draws=10), model, TopK(0.5))
+    assert isinstance(knowing, Escalation)
+    (*_, rehearsed) = knowing.attacks.values()
+    assert isinstance(rehearsed, Rehearsed)
+    told = replace(KNOWN, defense=TopK(0.5))
+    assert {name.split()[0] for name in rehearsed._fitting(seen[0], told, model)} == names
+    (found,) = knowing(seen, told, model, generator(0, "attack"))
+    assert found.attack.split()[0] in names | {"analytic", "rgap", "spear"}
 
 
 def test_messages_of_changed_images_are_no_views_of_the_same():
@@ -236,3 +258,11 @@ def test_updates_of_several_steps_are_left_as_they_are():
         assert torch.equal(attack(seen, several, model, generator(0, "attack"))[0].images, alone.images)
     with pytest.raises(ValueError, match="draws must be >= 1, got 0"):
         Unmixed(matching, defense, draws=0)
+
+
+def test_what_was_transformed_and_then_mixed_is_unmixed_and_then_transformed_back():
+    defense = Chain((ATS("0"), Fixed(((0.7, 0.3), (0.3, 0.7)))))  # inverts
+    model, seen, truth = victims(defense, 2, 2, build=lambda rng: mlp(DATA.image_shape, 10, hidden=(1024,), rng=rng))
+    found = adapted(attacks.Analytic(), model, defense)(seen, replace(KNOWN, defense=defense), model, generator(0, "attack"))
+    for one, x in zip(found, truth, strict=True):
+        assert float(decibels(one.images, x).min()) > 25
