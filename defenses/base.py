@@ -232,6 +232,12 @@ class ErrorFeedback:
         return told_by(self.inner, packets, beliefs)
 
 
+def _aims(defense: object) -> bool:
+    """Whether the noise of a defense, or of one that it is made of, is planned for an epsilon."""
+    inner = (*getattr(defense, "parts", ()), *([defense.inner] if isinstance(defense, ErrorFeedback) else []))
+    return any(map(_aims, inner)) if inner else getattr(defense, "epsilon", None) is not None
+
+
 def _acts_in_training(defense: object) -> bool:
     inner = (*getattr(defense, "parts", ()), *([defense.inner] if isinstance(defense, ErrorFeedback) else []))
     return any(map(_acts_in_training, inner)) if inner else isinstance(defense, BatchDefense | GradientDefense)
@@ -253,6 +259,10 @@ class Partial:
             raise TypeError(f"a partial defense wraps a defense, got {inner!r}")
         if _acts_in_training(inner):
             raise ValueError(f"a partial defense is one of the update, and {inner!r} acts on all tensors while the client trains")
+        if _aims(inner):
+            raise ValueError(
+                f"a partial defense proves nothing, so there is no epsilon to aim at: give noise_multiplier, got {inner!r}"
+            )
         if isinstance(prefixes, str) or not prefixes:
             raise ValueError(
                 f"prefixes must be a list of at least one beginning of a name, such as ['features.'], got {prefixes!r}"

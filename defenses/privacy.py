@@ -90,6 +90,8 @@ def _checked(defense: "DPFedAvg | DPSGD") -> None:
     if defense.epsilon is not None:
         number("epsilon", defense.epsilon, 0, above=True)
     number("delta", defense.delta, 0, 1, above=True)
+    if defense.delta == 1:
+        raise ValueError("delta=1 promises nothing: take less than one over the number of examples, such as 1e-5")
 
 
 def _noise(defense: "DPFedAvg | DPSGD") -> float:

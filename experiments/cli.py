@@ -324,7 +324,7 @@ def _finish(folders: "list[RunFolder]", figures: Path, formats: Sequence[str] = 
 
 
 def _attack(arguments: argparse.Namespace) -> int:
-    from experiments.config import build_checked, compose
+    from experiments.config import build_checked, compose, usual
     from experiments.runner import ATTACKERS
     from fedsim.checks import one_of
 
@@ -345,10 +345,10 @@ def _attack(arguments: argparse.Namespace) -> int:
     from experiments.naming import named
     from fedsim.run import iterate
 
-    name, usual = config["choices"]["attack"], compose([f"attack={config['choices']['attack']}"])["attack"]
+    name = config["choices"]["attack"]
     folders, kept = iterate([arguments.run]), []
     for folder in folders:
-        own = folder.config["attack"] if folder.config["choices"]["attack"] == name else usual
+        own = folder.config["attack"] if folder.config["choices"]["attack"] == name else usual("attack", name)
         if len(folders) > 1 and (lacking := runner.nothing_to_attack(folder)):
             print(f"left out: {lacking}", file=sys.stderr)
             continue

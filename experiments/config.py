@@ -36,7 +36,10 @@ def choices(group: str) -> dict[str, str]:
 
 
 def compose(overrides: Sequence[str], config_name: str = "config") -> Config:
-    """The resolved configuration of `key=value` overrides, as a plain dict, with the names chosen under `choices`."""
+    """The resolved configuration of `key=value` overrides, as a plain dict, with the names chosen under `choices`.
+
+    Where another class was put in a choice's place, by `defense._target_=mine.NoBias`, that is what was chosen.
+    """
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -65,7 +68,16 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> Config:
         if config.get(key) is not None:
             config[key] = str(config[key])
     config["choices"] = {group: named.get(group, chosen.get(group)) for group in GROUPS if group != "model/init"}
+    for group in config["choices"]:
+        before, after = (OmegaConf.select(one, f"{group.replace('/', '.')}._target_") for one in (known, composed))
+        if after != before:
+            config["choices"][group] = after
     return config
+
+
+def usual(group: str, name: str) -> Config:
+    """The settings of a choice as its file has them; of a class that was put in a choice's place, that it is this class."""
+    return compose([f"{group}={name}"])[group] if name in choices(group) else {"_target_": name}
 
 
 @functools.lru_cache(maxsize=64)
@@ -157,6 +169,8 @@ def _check_kind(key: str, known: Any, composed: Any) -> None:
     if key in GROUPS or key.split(".")[0] not in _UNCHECKED:
         return
     before, after = OmegaConf.select(known, key), OmegaConf.select(composed, key)
+    if (group := key.replace(".", "/")) in GROUPS and isinstance(after, str):
+        raise ConfigError(f"{key} holds settings, got {after!r}: choose with {group}={after}")
     if isinstance(before, bool):
         if not isinstance(after, bool):
             raise ConfigError(f"{key} must be true or false, got {after!r}")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from experiments.config import Config, compose, key_of
+from experiments.config import Config, key_of, usual
 
 NO_MATTER = ("engine", "device", "evaluate", "tracker", "name", "out", "setting")  # what changes no result
 
@@ -28,10 +28,10 @@ def contender(config: Config) -> str:
     """What a run is told apart by in tables and figures: its defense; its server and aggregation, and what is unusual of them,
     unless they are honest and plain."""
     told = label(config)
-    for group, usually, words in (("server", "honest", "server={}"), ("aggregation", "plain", "{} aggregation")):
-        if (name := config["choices"].get(group, usually)) != usually:
-            usual = compose([f"{group}={name}"])[group]
-            unusual = [f"{key}={value}" for key, value in config[group].items() if value != usual.get(key)]
+    for group, plainly, words in (("server", "honest", "server={}"), ("aggregation", "plain", "{} aggregation")):
+        if (name := config["choices"].get(group, plainly)) != plainly:
+            as_usual = usual(group, name)
+            unusual = [f"{key}={value}" for key, value in config[group].items() if value != as_usual.get(key)]
             told = " ".join([f"{told}, {words.format(name)}", *unusual])
     return told
 
@@ -96,12 +96,12 @@ def leaves(path: list[str], node: Any) -> list[tuple[str, Any]]:
     return [leaf for key, value in inside for leaf in leaves([*path, str(key)], value)]
 
 
-def named(attack: str, settings: Config, usual: Config) -> str:
-    """What an attack is called in a run's tables and folders: with the settings in which it is not the `usual` one.
+def named(attack: str, settings: Config, as_usual: Config) -> str:
+    """What an attack is called in a run's tables and folders: with the settings in which it is not `as_usual`.
 
     What it records changes nothing that it finds.
     """
-    known = dict(leaves([], usual)) | {"record": settings.get("record")}
+    known = dict(leaves([], as_usual)) | {"record": settings.get("record")}
     unusual = [f"{path.rsplit('.', 1)[-1]}={value}" for path, value in leaves([], settings) if known.get(path) != value]
     return "_".join([attack, *unusual]).translate({ord(c): "-" for c in " /"} | {ord(c): None for c in "[]\"'"})
 

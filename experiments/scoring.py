@@ -197,12 +197,14 @@ def compared(setup: Setup, seen: Observation, made: Reconstruction, truth: Tenso
         rest = torch.tensor(sorted(set(range(len(truth))) - set(places.tolist()))[: made.missed], dtype=torch.int64)
         images = torch.cat([images[found], torch.zeros_like(truth[rest])])
         guessed, certain = (torch.cat([t[found], torch.full_like(rest, v).to(t)]) for t, v in ((guessed, -1), (certain, 0)))
-        first_mse = torch.cat([first_mse, metrics.mse(torch.zeros_like(truth[rest]), truth[rest])])
+        first_mse = torch.cat([first_mse, torch.ones(len(rest)).to(first_mse)])
         found, places = torch.cat([found, torch.full_like(rest, -1)]), torch.cat([places, rest])
     else:
         images, guessed, certain = images[found], guessed[found], certain[found]
     truths, labels = truth[places], labels[places]
     scores = {"mse": metrics.mse(images, truths), "psnr_db": metrics.psnr_db(images, truths), "ssim": metrics.ssim(images, truths)}
+    for name, worst in {"mse": 1.0, "psnr_db": 0.0, "ssim": 0.0}.items():  # a black picture is not far from a dark original
+        scores[name] = scores[name].masked_fill(found < 0, worst)
     model = model_of(setup)
     if any(isinstance(module, nn.Linear) for module in model.modules()):
         params, buffers = ({name: t.to(setup.device) for name, t in some.items()} for some in (seen.params, seen.buffers))
@@ -280,7 +282,8 @@ def attacked_together(
 ) -> list[list[Reconstruction]]:
     """What `attack`, which knows no defense, makes of what was seen in several runs, of equal knowledge as one program.
 
-    The runs share the structure of their model, their data and their protocol. Each victim's chance is that of its run alone.
+    The runs share the structure of their model, their data and their protocol. Each victim's chance is that of its run alone,
+    but what a model itself draws (dropout, a bottleneck) it draws for all of them together.
     """
     victims = [(setup, one) for setup, seen in runs for one in seen]
     told: dict[tuple[Knowledge, int], list[int]] = defaultdict(list)
@@ -312,6 +315,6 @@ def _with_labels(known: Knowledge, attack: Any, victims: Sequence[tuple[Setup, O
 
 def is_told_labels(attack: Any) -> bool:
     """Whether an attack, or one that it is made of, is given labels."""
-    groups = (getattr(attack, name, {}) for name in ("variants", "attacks"))
-    inner = [*(one for group in groups for one in group.values()), *([attack.attack] if hasattr(attack, "attack") else [])]
-    return getattr(attack, "labels", None) == "given" or any(map(is_told_labels, inner))
+    several = [one for name in ("variants", "attacks") for one in getattr(attack, name, {}).values()]
+    alone = [getattr(attack, name) for name in ("attack", "matching", "init") if hasattr(attack, name)]
+    return getattr(attack, "labels", None) == "given" or any(map(is_told_labels, [*several, *alone]))

@@ -167,7 +167,8 @@ def _linear(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 def _pass(
     model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], images: Tensor, labels: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Inputs (B, D) of the linear layers and gradients (B, U) of their outputs; not of layers that see several rows an image."""
+    """Inputs (B, D) of the linear layers and gradients (B, U) of their outputs; not of layers that see several rows an image, or
+    that the loss does not depend on."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -184,8 +185,9 @@ def _pass(
             leaves = {name: t.detach().requires_grad_() for name, t in params.items()}
             held = {name: t.clone() for name, t in buffers.items()}  # BatchNorm writes to them
             loss = loss_of(functional_call(model, {**leaves, **held}, (images,)), labels)
-            gradients = torch.autograd.grad(loss, list(outputs.values()))
+            gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True) if outputs else ()
     finally:
         for hook in hooks:
             hook.remove()
-    return inputs, dict(zip(outputs, gradients, strict=True))
+    found = {name: gradient for name, gradient in zip(outputs, gradients, strict=True) if gradient is not None}
+    return {name: inputs[name] for name in found}, found

@@ -64,7 +64,7 @@ class Observation:
         """What a client of FedSGD shows that has computed `model`'s gradients (`.grad`), the mean over `num_examples`."""
         missing = [name for name, p in model.named_parameters() if p.grad is None]
         if missing:
-            raise ValueError(f"{', '.join(missing)} has no gradient: call loss.backward() first")
+            raise ValueError(f"{', '.join(missing)} has no gradient: call loss.backward() first, with no parameter frozen")
         params = {name: p.detach().clone() for name, p in model.named_parameters()}
         gradients = {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
         return cls(params, pack(gradients), num_examples, buffers={name: b.clone() for name, b in model.named_buffers()})

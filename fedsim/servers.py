@@ -64,7 +64,8 @@ class Imprint:
     measurement  "brightness", the mean of all pixels; "random", a functional drawn from N(0, 1)
     fit          edges of the bins: "empirical", quantiles of the public images' measurements; "normal", those of the normal
                  distribution with their mean and deviation, for an attacker who knows no more
-    strength     how far the module shifts the pixels at most, about; the base model must still learn from them
+    strength     how far the module shifts a pixel, about; of unusual images ten times as far, by "relu". The base model must still
+                 learn from them
     """
 
     bins: int = 256

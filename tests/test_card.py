@@ -2,8 +2,10 @@
 
 import pytest
 
-from experiments.card import card, obstacles
+from attacks import GradientMatching
+from experiments.card import card, defended, obstacles
 from experiments.config import compose
+from experiments.naming import label
 from experiments.runner import attack_of
 from experiments.scoring import is_told_labels
 from fedsim.setup import setup_of
@@ -60,10 +62,20 @@ def test_the_card_tells_one_gradient_from_local_training():
 
 
 def test_an_attack_that_is_told_the_labels_is_said_to_be():
-    for told, says in ((True, "told: the true ones"), (False, "not told")):
-        attack = attack_of(compose([*SMALL, "attack=cosine_adam", f"attack.told={str(told).lower()}"]))
-        lines = dict(card(setup_of(compose(SMALL)), Tap(), "cosine_adam", "none", given=is_told_labels(attack)))
-        assert lines["labels"] == says
+    for name in ("cosine_adam", "gias"):
+        for told, says in ((True, "told: the true ones"), (False, "not told")):
+            attack = attack_of(compose([*SMALL, f"attack={name}", f"attack.told={str(told).lower()}"]))
+            lines = dict(card(setup_of(compose(SMALL)), Tap(), name, "none", given=is_told_labels(attack)))
+            assert lines["labels"] == says
+    assert is_told_labels(GradientMatching(init=GradientMatching(labels="given")))
+
+
+def test_a_defense_of_ones_own_is_a_defense():
+    plain, own = (setup_of(compose([*SMALL, *more])) for more in ([], ["defense._target_=defenses.SignSGD"]))
+    assert [defended(setup) for setup in (plain, own)] == [False, True]
+    says = [dict(card(setup, Tap(), "dlg", label(setup.config), [True]))["the defense"] for setup in (plain, own)]
+    assert says[0] == "there is none"
+    assert says[1].startswith("told")
 
 
 def test_what_clients_say_of_their_own_images_is_on_the_card():

@@ -208,6 +208,10 @@ WRONG = [
     (["attack.evaluations=x"], "attack.evaluations must be a number, got 'x'"),
     (["engine.workers=0"], "engine.workers must be a whole number >= 1, got 0"),
     (["defense._target_=defenses.TopQ"], "defenses.TopQ"),
+    (["model.init=he"], "model.init holds settings, got 'he': choose with model/init=he"),
+    (["model.bottleneck=x"], "model.bottleneck holds settings, got 'x': choose with model/bottleneck=x"),
+    (["model=resnet18", "data.side=8", "attack=none"], "model=resnet18 fails on 1 of (3, 8, 8): Expected more than 1 value"),
+    (["defense=dp_fedavg", "defense.delta=1"], "delta=1 promises nothing: take less than one over the number of examples"),
     (["data.train_size=7"], "data.train_size=7 examples are too few for federation.clients=10"),
 ]
 

@@ -111,6 +111,13 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
 
 
+def test_every_test_that_the_faults_are_told_by_is_there():
+    told = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "faults.md").read_text()))
+    there = {name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    assert len(told) > 20
+    assert not told - there - {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+
+
 def test_every_fenced_block_is_of_a_language_that_is_run():
     for page in ("README.md", "docs/tutorial.md"):
         found = set(re.findall(r"^```(.+)$", (ROOT / page).read_text(), re.MULTILINE))

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from worlds import config, federate
 
 import attacks
 from attacks import metrics
+from attacks.metrics import success_rates
 from experiments import scoring, table
 from experiments.card import card, obstacles
 from experiments.config import ConfigError, compose
@@ -127,7 +129,7 @@ def test_images_that_share_a_bin_come_back_as_one_that_is_not_vouched_for():
     gap, line = (found.images[1] - images[1]).flatten(), (images[2] - images[1]).flatten()
     assert found.images[1].min() > 0
     assert found.images[1].max() < 1  # not clamped
-    assert torch.nn.functional.cosine_similarity(gap, line, dim=0).abs() > 0.9999
+    assert nn.functional.cosine_similarity(gap, line, dim=0).abs() > 0.9999
 
 
 def test_the_sum_of_many_clients_is_a_larger_batch():
@@ -270,6 +272,21 @@ def test_missed_images_are_rows_and_each_image_has_its_own_verdict():
     assert all(row["verdict"] == "not converged" and not row["label_right"] for row in rows.values() if row["reconstruction"] < 0)
 
 
+def test_a_missed_image_is_no_theft_however_dark_it_was(monkeypatch):
+    setup = setup_of(compose(SMALL))
+    params, buffers = split(setup.model())
+    images, labels = setup.truth(1, 0)
+    dark = 0.1 * images
+    update = local_update(setup.model(), params, buffers, [(dark, labels)], lr=1).update
+    seen = Observation(params, pack(update), 5, 1, 0, buffers)
+    one = torch.tensor([True])
+    made = Reconstruction(dark[:1], labels[:1], 0.4, False, dark[None, :1], torch.tensor([0.4]), 1, 0.1, certain=one, missed=4)
+    rows = scoring.compared(setup, seen, made, dark, labels)
+    assert [row["verdict"] for row in rows] == ["stolen"] + 4 * ["not converged"]
+    rates = success_rates(pd.DataFrame(rows))
+    assert [(rate.passed, rate.n) for rate in rates.values()] == [(1, 5)] * len(rates)
+
+
 # Federations ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +407,30 @@ def test_every_imprint_is_found(kind, measurement):
     assert {one.layer for one in found} == {"imprint.measure.weight", "imprint.spread.weight"}
     assert all(one.trap and one.value == 1.0 for one in found)
     assert Inspection("off")(model, params, buffers) == []
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_a_model_without_a_linear_layer_that_tells_of_images_is_inspected_all_the_same(unused):
+    layers = [nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = Aside(*layers) if unused else nn.Sequential(*layers)
+    params, buffers = split(model)
+    images = torch.rand(4, *CIFAR, generator=generator(0, "images"))
+    assert Inspection()(model, params, buffers, images, torch.tensor([3, 1, 4, 1])) == []
+    assert exposure(model, params, buffers, images, torch.tensor([3, 1, 4, 1])) == {}
+
+
+class Aside(nn.Sequential):
+    """A network with a linear layer whose outputs nobody looks at."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.aside = nn.Linear(10, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        for layer in list(self)[:3]:
+            images = layer(images)
+        self.aside(images)
+        return images
 
 
 def test_rows_are_parallel_whatever_their_length_and_sign():

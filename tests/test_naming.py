@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.config import compose
-from experiments.naming import conditions, contenders
+from experiments.config import compose, usual
+from experiments.naming import conditions, contenders, named, without_defense
 from experiments.naming import contender as alone
 
 QUICK = ["setting=quickstart", "data=synthetic"]
@@ -41,6 +41,16 @@ def test_what_changes_no_result_does_not_tell_runs_apart():
 def test_a_setting_that_differs_is_in_the_name(first, second, names):
     found = called(first, second)
     assert [set(name.replace(",", "").split()) for name in found] == [set(name.replace(",", "").split()) for name in names]
+
+
+def test_a_class_in_a_choice_s_place_is_what_was_chosen():
+    plain, own = compose([]), compose(["defense._target_=mine.NoBias", "+defense.dimensions=2"])
+    trap = compose(["server._target_=mine.Trap"])
+    assert own["choices"]["defense"] == "mine.NoBias"
+    assert [without_defense(one) for one in (plain, own)] == [True, False]
+    assert contenders([plain, own, trap]) == ["none", "mine.NoBias dimensions=2", "none, server=mine.Trap"]
+    search = compose(["attack._target_=attacks.idlg"])
+    assert named(search["choices"]["attack"], {"_target_": "attacks.idlg"}, usual("attack", "attacks.idlg")) == "attacks.idlg"
 
 
 def test_what_came_with_a_choice_is_not_told_beside_it_unless_it_differs_within_the_choice():

@@ -8,6 +8,7 @@ import torch
 from defenses import (
     DPSGD,
     Chain,
+    DPFedAvg,
     ErrorFeedback,
     GaussianNoise,
     MixUp,
@@ -86,6 +87,15 @@ def test_a_partial_defense_that_names_nothing_is_an_error_and_not_no_defense():
 def test_what_acts_while_the_client_trains_cannot_be_partial(inner):
     with pytest.raises(ValueError, match="acts on all tensors while the client trains"):
         Partial(inner, ["features."])
+
+
+@pytest.mark.parametrize(
+    "inner", [DPFedAvg(1.0, epsilon=8.0), ErrorFeedback(Chain((TopK(0.1), DPFedAvg(1.0, epsilon=8.0))))], ids=repr
+)
+def test_a_partial_defense_proves_nothing_and_cannot_aim_at_an_epsilon(inner):
+    with pytest.raises(ValueError, match="there is no epsilon to aim at: give noise_multiplier"):
+        Partial(inner, ["features."])
+    assert Partial(DPFedAvg(1.0, noise_multiplier=0.5), ["features."])
 
 
 def test_a_partial_defense_hides_the_length_where_what_it_wraps_does():

@@ -105,6 +105,19 @@ def test_a_batch_is_the_same_whenever_it_is_asked_for():
     assert torch.equal(labels, setup.truth(2, 1)[1])
 
 
+def test_a_sentence_that_differs_in_what_is_not_kept_of_it_is_in_one_split(tmp_path):
+    path, animals = tmp_path / "own.txt", ("cat", "dog", "owl", "fox", "hen", "cow", "ant", "bee", "elk", "emu")
+    long = " ".join(["the", *["very"] * 13])
+    lines = [line for name in animals for line in (f"The {name} ate .", f"the {name} ate .", f"THE {name} ate .")]
+    path.write_text("\n".join([*lines, f"{long} big", f"{long} small"]))
+    made = load("text", path)
+    assert len(made.train) + len(made.test) == 11
+    train, test = (
+        {tuple(ids) for ids in filled(*part.batch(torch.arange(len(part)))).tolist()} for part in (made.train, made.test)
+    )
+    assert not train & test
+
+
 def test_encoding_is_undone_by_decoding():
     vocabulary = Vocabulary((*SPECIAL, *grammar.words()))
     ids = vocabulary.encode(DEMO)
@@ -616,3 +629,13 @@ def test_several_local_steps_leave_the_words_of_all_their_sentences(corpus):
     (one,) = BagOfTokens()([seen], known, model, generator(0))
     true = torch.cat([filled(*batch) for batch in batches])
     assert (metrics.tokens_found(one.images, true) == 1).all()
+
+
+@pytest.mark.parametrize("attack", [attacks.dlg_text(iterations=2), SpanCheck(), BagOfTokens()], ids=lambda one: type(one).__name__)
+def test_of_several_local_steps_every_sentence_is_answered_for(attack, corpus):
+    model = bert_tiny((LENGTH,), WORDS, rng=generator(0, "init"))
+    params, _ = split(model)
+    batches = [corpus.train.batch(torch.arange(start, start + 2)) for start in (0, 2, 4)]
+    seen = Observation(params, pack(local_update(model, params, {}, batches, lr=0.05).update), 6)
+    (one,) = attack([seen], replace(KNOWN, batch_size=2, local_steps=3, lr=0.05), model, generator(0))
+    assert len(one.images) == 6

@@ -97,7 +97,7 @@ CLASSES = tuple(SHAPES)
 
 
 def images(count: int, *, seed: int, split: str, advance: Callable[[int], None] = lambda done: None) -> tuple[Tensor, Tensor]:
-    """Pixels (count, 3, 32, 32) uint8 and labels (count,) int64, in equal shares; `advance` hears of progress."""
+    """Pixels (count, 3, 32, 32) uint8 and labels (count,) int64, in equal shares of each 500; `advance` hears of progress."""
     pixels = np.empty((count, 3, SIDE, SIDE), dtype=np.uint8)
     labels = np.empty(count, dtype=np.int64)
 

@@ -193,7 +193,8 @@ def read(path: Path, train_size: int | None, test_size: int | None, seed: int) -
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if words_of(line)]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read sentences from {path}: {error}") from None
-    lines = list(dict.fromkeys(lines))  # a sentence in both splits would be a test that was trained on
+    # A sentence in both splits would be a test that was trained on; what differs in what is cut off, or in capitals, is one.
+    lines = list({tuple(words_of(line)[: LENGTH - 2]): line for line in reversed(lines)}.values())[::-1]
     test_size = test_size or max(1, len(lines) // 10)
     train_size = train_size or max(1, len(lines) - test_size)
     if train_size + test_size > len(lines):
