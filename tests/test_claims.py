@@ -270,10 +270,12 @@ def test_every_claim_there_is_can_be_answered(monkeypatch):
         sides += [where | one.settings["knowing"]] if "knowing" in one.settings else []
         assert all(side.get("round", "last") in claims.STAGES for side in sides)  # is in studies of both sizes
         sides = [{key: value for key, value in side.items() if key not in claims.ROWS} for side in sides]
-        both = (
-            ["model=mcmahan_cnn,resnet18"] if any(side.get("model") == "resnet18" for side in sides) else []
-        )  # is for the full size
-        cells = [claims.flat(config) for config in study.load(one.study).cells("quick", both).values()]
+        larger = [  # what the full size has besides
+            f"{key}={','.join(sorted({value, *usual}))}"
+            for key, usual in (("model", ("mcmahan_cnn",)), ("data", ("cifar10",)))
+            for value in {side.get(key) for side in sides} & {"resnet18", "svhn", "mnist", "cifar100"}
+        ]
+        cells = [claims.flat(config) for config in study.load(one.study).cells("quick", larger).values()]
         for side in sides:
             assert any(matches(settings, side) for settings in cells), (one.row, side)
 
