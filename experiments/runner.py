@@ -239,9 +239,11 @@ def _engine(config: Config) -> Engine:
 def finished(folder: RunFolder) -> bool:
     """Whether all rounds of a run are done, and all its attacks; not of a damaged folder, which `resume` mends."""
     try:
-        checkpoint = folder.checkpoint()
-        folder.rounds(), folder.leaks()
+        checkpoint, rounds = folder.checkpoint(), folder.rounds()
+        folder.leaks()
     except RunError:
+        return False
+    if not len(rounds) or rounds["round"].max() < folder.config["rounds"]:
         return False
     if folder.discarded:
         return True

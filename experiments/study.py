@@ -227,9 +227,9 @@ def _shared(cells: dict[str, Config], base: Path) -> int:
     """Takes over what studies in folders beside this one have finished with the very same configuration; how many cells."""
     from experiments.progress import console
     from fedsim.files import Damaged, read_table
-    from fedsim.run import copied
+    from fedsim.run import RunError, RunFolder
 
-    wanted = {digest(config): name for name, config in cells.items() if not (base / name).exists()}
+    wanted = {digest(config): name for name, config in cells.items() if not (base / name / "config.json").exists()}
     found = 0
     for path in sorted(base.parent.glob(f"*/{CELLS}")) if wanted else ():
         try:
@@ -240,7 +240,12 @@ def _shared(cells: dict[str, Config], base: Path) -> int:
         for cell, hashed in rows.loc[rows["failed"].isna(), ["cell", "hash"]].itertuples(index=False):
             there = path.parent / cell
             if hashed in wanted and path.parent != base and (there / "config.json").is_file():
-                copied(there, base / wanted.pop(hashed))
+                try:
+                    RunFolder.copy(RunFolder.open(there), base / wanted[hashed])
+                except RunError as error:  # the cell is run as if nobody had it
+                    console.print(f"  {error}: {cell} is not taken over", style="yellow", markup=False)
+                    continue
+                del wanted[hashed]
                 found += 1
     return found
 

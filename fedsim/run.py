@@ -65,13 +65,16 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _made(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> Iterator[None]:
-        """Inside, the folder is there and this process alone makes a run of it; one that was killed in here is made anew."""
+        """Inside, the folder is empty and this process alone makes a run of it; one that was killed in here is made anew."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_free()  # a lock is a file as well, and belongs in no folder of others
             with self.held():
                 self._check_free()
                 (self.path / BEGUN).touch()
+                for name in set(os.listdir(self.path)) - {".lock", BEGUN}:  # left by who was killed
+                    left = self.path / name
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
                 yield
                 write_json(self.path / "environment.json", environment)
                 write_json(self.path / "config.json", config)
@@ -93,6 +96,16 @@ class RunFolder:
             for name in (*FOLDERS, *FILES):
                 if (source.path / name).exists():
                     copied(source.path / name, path / name)
+        return folder
+
+    @classmethod
+    def copy(cls, source: "RunFolder", path: Path) -> "RunFolder":
+        """A new folder with all that another run's holds. Raises RunError as `create`."""
+        folder, environment = cls(path), source.path / "environment.json"
+        with folder._made(source.config, _read(read_json, environment)):
+            for file in sorted(source.path.iterdir()):
+                if file.name not in (".lock", "config.json", environment.name):
+                    copied(file, path / file.name)
         return folder
 
     @classmethod
@@ -479,7 +492,6 @@ def copied(source: Path, target: Path) -> None:
     for file in [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file()):
         made = target / file.relative_to(source) if source.is_dir() else target
         made.parent.mkdir(parents=True, exist_ok=True)
-        made.unlink(missing_ok=True)  # of a copy that was killed
         with contextlib.suppress(OSError):
             if file.suffix in (".safetensors", ".parquet"):
                 os.link(file, made)

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -326,6 +327,27 @@ def test_a_folder_that_somebody_was_killed_in_as_he_made_it_is_made_anew(tmp_pat
     assert (tmp_path / "run" / "environment.json").exists()
     assert RunFolder.create(tmp_path / "run", {"seed": 1}, {}).path == tmp_path / "run"
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "config.json", "environment.json"]
+
+
+def test_nothing_of_a_copy_that_was_killed_is_in_the_run_that_is_made_in_its_place(unbroken, tmp_path, monkeypatch):
+    def killed(path: Path, value: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedsim.run.write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder.branch(unbroken, tmp_path / "run", {"seed": 0}, {})
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert RunFolder.create(tmp_path / "run", {"seed": 1}, {}).checkpoint() is None
+
+
+def test_a_run_without_its_rounds_is_not_finished(unbroken, tmp_path):
+    copy = RunFolder(shutil.copytree(unbroken.path, tmp_path / "copy"))
+    assert runner.finished(copy)
+    (copy.path / "rounds.parquet").unlink()
+    assert not runner.finished(copy)
+    copy.discard()
+    assert not runner.finished(copy)
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(folder):

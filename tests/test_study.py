@@ -1,8 +1,10 @@
 """Studies: their files are right, and a study goes on where it stopped."""
 
+import errno
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -360,6 +362,31 @@ def test_a_cell_that_a_study_beside_has_is_taken_over_and_goes_ways_of_its_own(t
     monkeypatch.setattr(study, "CONF", tiny)
     assert main(["study", "tiny", "-o", str(tiny / "third"), "seed=1"]) == 0
     assert "nothing is taken over from there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=["killed", "full"])
+def test_a_cell_of_which_a_part_was_taken_over_is_not_finished(fault, tiny, monkeypatch):
+    assert main(["study", "tiny", "-o", str(tiny / "one")]) == 0
+    copyfile = shutil.copyfile
+
+    def link(source, target):
+        raise OSError(errno.EXDEV, "on another disk")
+
+    def copied(source, target):
+        if Path(source).name == "leaks.parquet":
+            raise fault
+        copyfile(source, target)
+
+    monkeypatch.setattr("fedsim.run.os.link", link)
+    monkeypatch.setattr("fedsim.run.shutil.copyfile", copied)
+    main(["study", "tiny", "-o", str(tiny / "other")])
+    monkeypatch.undo()
+    monkeypatch.setattr(study, "CONF", tiny)
+    assert main(["study", "tiny", "-o", str(tiny / "other")]) == 0
+    for folder in iterate([tiny / "one"]):
+        mine = RunFolder.open(tiny / "other" / folder.path.name)
+        assert mine.rounds().drop(columns="seconds").equals(folder.rounds().drop(columns="seconds"))
+        assert mine.leaks().drop(columns="seconds").equals(folder.leaks().drop(columns="seconds"))
 
 
 def test_a_cell_keeps_its_folder_in_a_grid_that_names_it_otherwise(tiny, monkeypatch, capsys):
