@@ -13,13 +13,17 @@ A claim is checked by one of these, on victims or runs that `where` selects by t
 
 Each gives two one-sided p-values: that the claim is not true, and that it is. Within a study they are adjusted (Holm 1979).
 
-A victim counts once, in however many cells it was attacked. That something protects is shown only by an attacker who knows of it
-and whose searches came to their end: of one that did not, a victim counts as perhaps stolen. Nor do such searches refute a leak.
+A victim counts once, in however many cells it was attacked. Two sides are compared in cells that are alike in all other settings. A
+claim that lists several values of a setting is not measured where the study was to have cells of one of them, and none are there.
+That something protects is shown only by an attacker who knows of it and whose searches came to their end: of one that did not, a
+victim counts as perhaps stolen. Nor do such searches refute a leak.
 `knowing` is what is asked of that attacker's cells in the place of `where`, if he needs another attack.
 """
 
 import fnmatch
 import importlib.util
+import itertools
+import json
 import math
 import subprocess
 import sys
@@ -36,7 +40,7 @@ from scipy import stats
 
 from attacks.metrics import BARS, wilson
 from experiments.config import Config
-from experiments.naming import conditions, label
+from experiments.naming import NO_MATTER, conditions, label
 from experiments.scoring import ADAPTIVE
 from experiments.statistics import LEVEL, ROUNDING, bounded_mean, holm
 from experiments.summary import LAST, PERFECT, Summary
@@ -119,7 +123,7 @@ def load(path: Path = FILE) -> list[Claim]:
 class Results:
     """What the cells of a study say: their configurations, one flat mapping each, their rounds and their leaks.
 
-    `conditions` and `defenses` are what each was trained under, and behind what.
+    `conditions` and `defenses` are what each was trained under, and behind what; `wanted` the configurations that there were to be.
     """
 
     settings: list[dict[str, Any]]
@@ -127,10 +131,11 @@ class Results:
     rounds: list[pd.DataFrame]
     conditions: list[str]
     defenses: list[str]
+    wanted: Sequence[dict[str, Any]] = ()
 
     @classmethod
-    def of(cls, folders: Sequence[RunFolder]) -> "Results":
-        """The results of these cells."""
+    def of(cls, folders: Sequence[RunFolder], wanted: Sequence[Config] = ()) -> "Results":
+        """The results of these cells, of those that were wanted."""
         configs = [folder.config for folder in folders]
         return cls(
             [flat(config) for config in configs],
@@ -138,6 +143,7 @@ class Results:
             [folder.rounds() for folder in folders],
             [conditions(config) for config in configs],
             [label(config) for config in configs],
+            [flat(config) for config in wanted],
         )
 
     def cells(self) -> list["Results"]:
@@ -145,14 +151,32 @@ class Results:
         every = zip(self.settings, self.leaks, self.rounds, self.conditions, self.defenses, strict=True)
         return [Results([settings], [leaks], [rounds], [under], [behind]) for settings, leaks, rounds, under, behind in every]
 
-    def victims(self, where: Where, column: str, attacker: str | None) -> pd.Series:
-        """A column of the leaks of what is selected; the index tells victims apart, seeds and rounds too, but not cells."""
+    def is_wanted(self, where: Where) -> bool:
+        """Whether there was to be a cell of what is selected."""
+        return any(matches(settings, _of_cells(where)) for settings in self.wanted)
+
+    def shared(self, one: Where, other: Where) -> list[str]:
+        """Settings that vary among what is selected, and in which a cell of one side has its like on the other."""
+        sides = [[settings for settings in self.settings if matches(settings, _of_cells(where))] for where in (one, other)]
+
+        def is_shared(key: str) -> bool:
+            if one.get(key) != other.get(key) or key.split(".")[0] in (*NO_MATTER, *ROWS, "seed", "choices"):
+                return False
+            values = [{settings.get(key) for settings in side} for side in sides]
+            # What only cells of one side have, or have by what tells the sides apart, has no like.
+            return len(values[0] | values[1]) > 1 and (key in one or bool(values[0] & values[1] - {None}))
+
+        return [key for key in dict.fromkeys(itertools.chain(*sides[0], *sides[1])) if is_shared(key)]
+
+    def victims(self, where: Where, column: str, attacker: str | None, apart: Sequence[str] = ()) -> pd.Series:
+        """A column of the leaks of what is selected; the index tells victims apart, seeds and rounds too, but of cells those alone
+        that differ in the settings `apart`."""
         found = []
         for settings, leaks in zip(self.settings, self.leaks, strict=True):
             if not len(leaks):
                 continue
             inside = {key: value for key, value in where.items() if key in ROWS}
-            if not matches(settings, {key: value for key, value in where.items() if key not in inside}):
+            if not matches(settings, _of_cells(where)):
                 continue
             if isinstance(named := inside.get("round"), str):
                 rounds = sorted(leaks["round"].unique())
@@ -160,14 +184,14 @@ class Results:
             for key, asked in (inside if attacker is None else {**inside, "attacker": attacker}).items():
                 leaks = leaks[[matches({key: value}, {key: asked}) for value in leaks[key]]]
             values, keys = _values(leaks, column), [leaks[key] for key in _KEYS]
-            of_cell = [[settings[key]] * len(leaks) for key in ("data", "seed")]
-            values.index = pd.MultiIndex.from_arrays([*of_cell, *keys], names=["data", "seed", *_KEYS])
+            of_cell = [[value] * len(leaks) for value in (settings["data"], settings["seed"], _told_apart(settings, apart))]
+            values.index = pd.MultiIndex.from_arrays([*of_cell, *keys], names=["data", "seed", "apart", *_KEYS])
             found.append(values)
         return pd.concat(found) if found else pd.Series(dtype=float)
 
-    def runs(self, where: Where, column: str) -> pd.Series:
+    def runs(self, where: Where, column: str, apart: Sequence[str] = ()) -> pd.Series:
         """The mean of the last evaluations of a column of the rounds, or that of one round, of each selected run that came to its
-        end; by seed and by what it was trained under."""
+        end; by seed, by what it was trained under, and by the settings `apart`."""
         found = []
         for i, key in self._trained(where):
             settings, rounds = self.settings[i], self.rounds[i]
@@ -175,10 +199,10 @@ class Results:
                 continue
             asked = rounds["round"] == where["round"] if "round" in where else rounds["round"] > 0
             if len(of := rounds[asked].dropna(subset=column)):
-                found.append((*key, float(of.sort_values("round")[column].tail(LAST).mean())))
-        table = pd.DataFrame(found, columns=["seed", "conditions", "defense", column])
-        # Runs that differ in their attack have learned the same.
-        return table.drop_duplicates(["seed", "conditions", "defense"]).set_index(["seed", "conditions"])[column].astype(float)
+                found.append((*key, _told_apart(settings, apart), float(of.sort_values("round")[column].tail(LAST).mean())))
+        keys = ["seed", "conditions", "defense", "apart"]
+        once = pd.DataFrame(found, columns=[*keys, column]).drop_duplicates(keys)  # what differs in its attack has learned the same
+        return once.set_index(["seed", "conditions", "apart"])[column].astype(float)
 
     def unfinished(self, where: Where) -> tuple[int, int]:
         """How many of the selected trainings did not come to their end, of how many."""
@@ -196,9 +220,9 @@ class Results:
             if matches(settings, cells)
         ]
 
-    def values(self, where: Where, column: str, attacker: str | None) -> pd.Series:
+    def values(self, where: Where, column: str, attacker: str | None, apart: Sequence[str] = ()) -> pd.Series:
         """Of victims or of runs, by what the column is one of."""
-        return self.runs(where, column) if column == "accuracy" else self.victims(where, column, attacker)
+        return self.runs(where, column, apart) if column == "accuracy" else self.victims(where, column, attacker, apart)
 
 
 def _own(folder: RunFolder) -> pd.DataFrame:
@@ -209,6 +233,17 @@ def _own(folder: RunFolder) -> pd.DataFrame:
 
 _KEYS = ("round", "client", "image")
 ROWS = (*_KEYS, "attacker")  # what `where` asks of the rows of a cell rather than of its configuration
+
+
+def _of_cells(where: Where) -> dict[str, Any]:
+    """What is asked of a cell's configuration."""
+    return {key: value for key, value in where.items() if key not in ROWS}
+
+
+def _told_apart(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
+    return json.dumps([settings.get(key) for key in keys])
+
+
 # Rounds that `where` names by their place among those that were attacked, as studies of both sizes have them.
 STAGES: dict[Any, Any] = {"first": lambda n: 0, "middle": lambda n: n // 2, "last": lambda n: n - 1}
 
@@ -273,7 +308,7 @@ def rate(
         where, who = {**(where or {}), **knowing}, None
     else:
         where, who = where or {}, attacker
-    passed = _some(found.victims(where, of, who))
+    passed = _some(found, where, of, who)
     bound, above = _bound(expect)
     each, text = _once(passed), f"{int(passed.sum())}/{len(passed)}"
     low, high = wilson(each.sum(), len(each))
@@ -288,7 +323,7 @@ def rate(
 
 def mean(found: Results, attacker: str | None, *, of: str, expect: str, where: Where | None = None) -> Answer:
     """A t-test of the mean; of scores between 0 and 1, many of which may be 1, a test that holds for whatever they are."""
-    values = _once(_some(found.values(where or {}, of, attacker))).to_numpy()
+    values = _once(_some(found, where or {}, of, attacker)).to_numpy()
     bound, above = _bound(expect)
     return Answer(_told(of, values), *_sided(bounded_mean(values, bound) if of in SHARES else _t(values - bound), above))
 
@@ -331,6 +366,7 @@ def trend(
     A study of the quick size has fewer levels: those not measured are left out, but three of several are a trend's least.
     """
     one_of("expect", expect, ("rises", "falls"))
+    _check_listed(found, {**(where or {}), along: list(levels)}, column, attacker)
     groups = [_once(found.values({**(where or {}), along: level}, column, attacker)).to_numpy() for level in levels]
     groups = [group for group in groups if len(group)]
     if len(groups) < min(3, len(levels)):
@@ -346,6 +382,7 @@ def trend(
 def correlation(found: Results, attacker: str | None, *, columns: Sequence[str], expect: str, where: Where | None = None) -> Answer:
     """Over cells, of the medians of two columns; Fisher's z with the variance that Bonett and Wright (2000) give Spearman's."""
     bound, above = _bound(expect)
+    _check_listed(found, where or {}, columns[0], attacker)
     pairs: list[tuple[float, float]] = []
     for cell in found.cells():
         one, other = (cell.victims(where or {}, column, attacker) for column in columns)
@@ -372,7 +409,19 @@ CHECKS: dict[str, Any] = {
 }
 
 
-def _some(values: pd.Series) -> pd.Series:
+def _check_listed(found: Results, where: Where, column: str, attacker: str | None) -> None:
+    """Raises NotMeasured where a list asks for a value that the study was to have cells of, and there is nothing of them."""
+    for key, asked in where.items():
+        for one in asked if isinstance(asked, list) and key not in ROWS else ():
+            alone = {**where, key: one}
+            if found.is_wanted(alone) and not len(found.values(alone, column, attacker)):
+                raise NotMeasured
+
+
+def _some(found: Results, where: Where, column: str, attacker: str | None, apart: Sequence[str] = ()) -> pd.Series:
+    """The values of what is selected. Raises NotMeasured where there are none, or not of all that a list asks for."""
+    _check_listed(found, where, column, attacker)
+    values = found.values(where, column, attacker, apart)
     if not len(values):
         raise NotMeasured
     return values
@@ -380,7 +429,7 @@ def _some(values: pd.Series) -> pd.Series:
 
 def _once(values: pd.Series) -> pd.Series:
     """One value for each victim or run, the mean of those it has in several cells."""
-    return values.groupby(level=list(range(values.index.nlevels))).mean() if len(values) else values
+    return values.groupby(level=[name for name in values.index.names if name != "apart"]).mean() if len(values) else values
 
 
 def _share(each: pd.Series, bound: float) -> dict[str, float]:
@@ -424,19 +473,24 @@ def _compared(
 ) -> tuple[str, list[np.ndarray]]:
     """In words, and the differences of pairs where half of a side or more are in both, else the values of both."""
     asked = [{**(where or {}), **side} for side in (of, than)]
-    one, other = (_once(_some(found.values(side, column, attacker))) for side in asked)
-    text = f"{_number(column, float(one.mean()))} against {_number(column, float(other.mean()))}"
+    apart = found.shared(*asked)
+    one, other = (_some(found, side, column, attacker, apart) for side in asked)
+    alike = set(one.index.unique("apart")) & set(other.index.unique("apart"))
+    if not alike:
+        raise NotMeasured
+    one, other = (side[side.index.isin(alike, level="apart")].groupby(level=side.index.names).mean() for side in (one, other))
     both = one.index.intersection(other.index)
-    paired = len(both) > 1 and 2 * len(both) >= min(len(one), len(other))
+    pairs = [_once(side.loc[both]) for side in (one, other)]
+    one, other = _once(one), _once(other)
+    paired = len(pairs[0]) > 1 and 2 * len(pairs[0]) >= min(len(one), len(other))
     if paired:
-        a, b = (side.loc[both] for side in (one, other))
-        text = f"{_number(column, float(a.mean()))} against {_number(column, float(b.mean()))}, {len(both)} pairs"
-    else:
-        text += f", n={len(one)}, {len(other)}"
+        one, other = pairs
+    text = f"{_number(column, float(one.mean()))} against {_number(column, float(other.mean()))}"
+    text += f", {len(one)} pairs" if paired else f", n={len(one)}, {len(other)}"
     if column == "accuracy":
         broken = [f"{lost} of {n} runs" for lost, n in map(found.unfinished, asked) if lost]
         text += f", {' and '.join(broken)} did not finish" if broken else ""
-    return text, [(a - b).to_numpy()] if paired else [one.to_numpy(), other.to_numpy()]
+    return text, [(one - other).to_numpy()] if paired else [one.to_numpy(), other.to_numpy()]
 
 
 SHARES = ("token_accuracy", "tokens_found", "rouge1", "rouge2", "rougeL")  # scores between 0 and 1, often at an end of it
@@ -455,9 +509,14 @@ def _told(column: str, values: np.ndarray) -> str:
     return f"{_number(column, float(values.mean()))} (se {_number(column, error)}), n={len(values)}"
 
 
-def verify(claims: Sequence[Claim], folders: Mapping[str, Sequence[RunFolder]]) -> list[Verdict]:
-    """The verdict on each claim, by the cells of its study; `folders` are those there are, by study."""
-    found = {name: Results.of(of) for name, of in folders.items()}
+def verify(
+    claims: Sequence[Claim],
+    folders: Mapping[str, Sequence[RunFolder]],
+    wanted: Mapping[str, Sequence[Config]] | None = None,
+) -> list[Verdict]:
+    """The verdict on each claim, by the cells of its study; `folders` are those there are, by study, and `wanted` the
+    configurations of those that there were to be."""
+    found = {name: Results.of(of, (wanted or {}).get(name, ())) for name, of in folders.items()}
     passed = _tests([one.settings["expect"] for one in claims if one.check == "test"])
     answers = [_answers(claim, found.get(claim.study), passed) for claim in claims]
     adjusted: list[dict[str, tuple[float, float]]] = [{} for _ in claims]

@@ -457,7 +457,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from experiments import claims
+    from experiments import claims, study
     from experiments.progress import console
     from experiments.table import FORMATS, drawn, written
     from fedsim.checks import one_of
@@ -470,13 +470,13 @@ def _verify(arguments: argparse.Namespace) -> int:
     for name in asked:
         one_of("study", name, answered)
     _quiet()
-    folders, lacking = {}, []
+    folders, wanted, lacking = {}, {}, []
     for name, where in asked.items():
         base = Path(where) if where else arguments.runs / f"study-{name}-{'full' if arguments.full else 'quick'}"
         if where or (name != claims.UNIT and next(base.glob("*/config.json"), None)):
-            folders[name] = iterate([base])
+            folders[name], wanted[name] = iterate([base]), study.wanted(base)
             lacking += claims.caveats(base, folders[name])
-    verdicts = claims.verify([claim for claim in said if claim.study in asked], folders)
+    verdicts = claims.verify([claim for claim in said if claim.study in asked], folders, wanted)
     table = claims.summary(verdicts, lacking)
     if arguments.format == "text":
         console.print(drawn(table))

@@ -345,6 +345,16 @@ def digest(config: Config) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def wanted(base: Path) -> list[Config]:
+    """The configurations of all cells that the study in the folder `base` was last asked for; none where it names no study."""
+    from fedsim.files import read_json
+
+    if not (base / ABOUT).is_file():
+        return []
+    about = read_json(base / ABOUT)
+    return list(load(about["study"]).cells(about["size"], about["overrides"]).values())
+
+
 def distinct(folders: Sequence["RunFolder"]) -> list["RunFolder"]:
     """These runs without those that an earlier one is the same as, as are cells that one study took over from another.
 

@@ -97,6 +97,38 @@ def test_differences_are_paired_where_victims_are_the_same():
     assert said.ours.endswith("6 pairs")
 
 
+def noisy(defense, variance, decibels):
+    return Cell([f"defense={defense}", "defense.relative=null", f"defense.variance={variance}"], {"naive": decibels})
+
+
+def test_two_sides_are_compared_in_cells_that_are_alike_in_all_other_settings():
+    levels = {1e-4: 40.0, 1e-3: 25.0, 1e-2: 10.0}
+    of_each = {v: db + np.linspace(0, 5, 8) for v, db in levels.items()}
+    gaussian = {v: noisy("gaussian", v, of) for v, of in of_each.items()}
+    laplacian = {v: noisy("laplacian", v, of + 0.1 * np.cos(range(8))) for v, of in of_each.items()}
+    sides = {"column": "psnr_db", "of": {"defense": "laplacian"}, "than": {"defense": "gaussian"}}
+    one = claim("equivalent", where={"defense.variance": list(levels)}, margin=1, **sides)
+    (said,) = verify([one], {"dlg-noise": [*gaussian.values(), laplacian[1e-4]]})
+    assert said.verdict == HOLDS
+    assert said.ours == "42.5 dB against 42.5 dB, 8 pairs"  # of the level that both have, and not of 40 against 25
+    assert verdict(one, gaussian[1e-3], laplacian[1e-4]) == MISSING
+    anywhere = claim("equivalent", margin=1, **sides)  # the levels vary all the same
+    assert verdict(anywhere, *gaussian.values(), laplacian[1e-4]) == HOLDS
+
+
+def test_a_claim_of_several_values_is_not_measured_where_cells_of_one_are_still_to_be_run():
+    cells = [noisy("gaussian", variance, BAD) for variance in (1e-2, 1e-1)]
+    listed = {"defense.variance": [1e-2, 1e-1, 1.0]}
+    rate = claim("rate", of="MSE < 0.03", where=listed, expect="<= 0.5")
+    mean = claim("mean", of="psnr_db", where=listed, expect="<= 20")
+    rows = {"along": "defense.variance", "levels": [1e-2, 1e-1]}
+    trend = claim("trend", column="psnr_db", expect="falls", **rows)
+    every = [rate, mean, trend]
+    wanted = {"dlg-noise": [cell.config for cell in cells]}  # of this size nothing has the variance 1
+    assert MISSING not in [said.verdict for said in verify(every, {"dlg-noise": cells}, wanted)]
+    assert {said.verdict for said in verify(every, {"dlg-noise": cells[1:]}, wanted)} == {MISSING}
+
+
 def test_a_victim_counts_once_in_however_many_cells_it_is():
     cells = [Cell([f"federation.batch_size={b}"], {"naive": GOOD[:4]}) for b in (1, 2)]
     one = claim("rate", of="MSE < 0.03", expect=">= 0.5")
