@@ -442,6 +442,7 @@ def _study(arguments: argparse.Namespace) -> int:
     for config in distinct.values():
         runner.check_config(config)
     base = arguments.out or Path("runs") / f"study-{chosen.name}-{size}"
+    study.check_own(chosen.name, base)
     base.mkdir(parents=True, exist_ok=True)
     write_json(base / study.ABOUT, {"study": chosen.name, "size": size, "overrides": overrides, "command": arguments.command_line})
     console.print(f"{chosen.about}\n{len(cells)} cells in {base}")
@@ -474,6 +475,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     for name, where in asked.items():
         base = Path(where) if where else arguments.runs / f"study-{name}-{'full' if arguments.full else 'quick'}"
         if where or (name != claims.UNIT and next(base.glob("*/config.json"), None)):
+            study.check_own(name, base)
             folders[name], wanted[name] = iterate([base]), study.wanted(base)
             lacking += claims.caveats(base, folders[name])
     verdicts = claims.verify([claim for claim in said if claim.study in asked], folders, wanted)

@@ -31,6 +31,7 @@ def main(job: Any) -> None:
     name, config = list(cells.items())[job.cell]
     check_config(config)
     base = Path(hydra.utils.to_absolute_path(job.out or f"runs/study-{job.name}-{job.size}"))
+    study.check_own(job.name, base)
     base.mkdir(parents=True, exist_ok=True)
     _, failures = study.run({name: config}, base, f"python -m experiments.launch {' '.join(sys.argv[1:])}", 1)
     if failures:

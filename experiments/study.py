@@ -345,6 +345,14 @@ def digest(config: Config) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def check_own(name: str, base: Path) -> None:
+    """Raises ValueError where the folder `base` is another study's than `name`."""
+    from fedsim.files import read_json
+
+    if (base / ABOUT).is_file() and (other := read_json(base / ABOUT)["study"]) != name:
+        raise ValueError(f"{base} is the folder of the study {other}: name another for {name}")
+
+
 def wanted(base: Path) -> list[Config]:
     """The configurations of all cells that the study in the folder `base` was last asked for; none where it names no study."""
     from fedsim.files import read_json

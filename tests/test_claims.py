@@ -351,5 +351,7 @@ def test_verify_answers_a_study_that_was_run(tmp_path, capsys):
     page = (tmp_path / "page.html").read_text()
     assert all(one.claim in page for one in claims.load() if one.study == "resolution")
     capsys.readouterr()
+    assert main(["verify", f"dlg-resnet={out}"]) == 2
+    assert capsys.readouterr().err == f"error: {out} is the folder of the study resolution: name another for dlg-resnet\n"
     assert main(["verify", "resolutoin"]) == 2
     assert "resolution" in capsys.readouterr().err

@@ -423,6 +423,16 @@ def test_a_study_s_folder_says_which_it_is(tiny):
     assert (about["study"], about["size"], about["overrides"]) == ("tiny", "quick", ["seed=0,1"])
 
 
+def test_a_folder_of_another_study_is_refused(tiny, capsys):
+    out = tiny / "out"
+    assert main(["study", "tiny", "--max-cells", "1", "-o", str(out)]) == 0
+    (tiny / "study" / "other.yaml").write_text(TINY)
+    capsys.readouterr()
+    assert main(["study", "other", "-o", str(out)]) == 2
+    assert capsys.readouterr().err == f"error: {out} is the folder of the study tiny: name another for other\n"
+    assert read_json(out / study.ABOUT)["study"] == "tiny"
+
+
 def test_an_attack_that_fails_together_is_made_one_by_one(tiny, capsys, monkeypatch):
     def broken(folders):
         raise MemoryError
