@@ -593,18 +593,22 @@ def _tests(nodes: Sequence[str]) -> dict[str, bool]:
     return {node: outcome[node] for node in nodes if node in outcome and node not in skipped}
 
 
-def caveats(base: Path, folders: Sequence[RunFolder]) -> list[str]:
-    """What of a study in the folder `base`, which holds these cells, was not done as its file has it, in lines."""
+def measured(base: Path, folders: Sequence[RunFolder]) -> tuple[list[RunFolder], list[Config], list[str]]:
+    """Of these folders in `base` those that are cells of its study as it was last asked for; the configurations of all cells it was
+    to have; and in lines, what was not done as its file has it."""
     from experiments import study
 
     if not (base / study.ABOUT).is_file():
-        return [f"{base} names no study: whether all of one was run is not known"]
-    about, told = read_json(base / study.ABOUT), []
+        return list(folders), [], [f"{base} names no study: whether all of one was run is not known"]
+    about, wanted, told = read_json(base / study.ABOUT), study.wanted(base), []
+    cells = study.cells_among(folders, wanted)
     if about["overrides"]:
         told.append(f"{about['study']} was run with {' '.join(about['overrides'])}")
-    cells = len(study.load(about["study"]).cells(about["size"]))
-    done = sum(_is_done(folder) for folder in folders)
-    return [*told, f"of {about['study']} {done} of {cells} cells are finished"] if done < cells else told
+    if others := [folder.path.name for folder in folders if folder not in cells]:
+        told.append(f"left out, as no cells of {about['study']} as it was last asked for: {', '.join(others)}")
+    if (done := sum(map(_is_done, cells))) < len(wanted):
+        told.append(f"of {about['study']} {done} of {len(wanted)} cells are finished")
+    return cells, wanted, told
 
 
 def _is_done(folder: RunFolder) -> bool:

@@ -476,8 +476,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         base = Path(where) if where else arguments.runs / f"study-{name}-{'full' if arguments.full else 'quick'}"
         if where or (name != claims.UNIT and next(base.glob("*/config.json"), None)):
             study.check_own(name, base)
-            folders[name], wanted[name] = iterate([base]), study.wanted(base)
-            lacking += claims.caveats(base, folders[name])
+            folders[name], wanted[name], told = claims.measured(base, iterate([base]))
+            lacking += told
     verdicts = claims.verify([claim for claim in said if claim.study in asked], folders, wanted)
     table = claims.summary(verdicts, lacking)
     if arguments.format == "text":

@@ -26,7 +26,7 @@ from experiments.progress import size
 from experiments.ranking import ATTACKERS, Row, counts_of, ranked, strength
 from experiments.replay import replay
 from experiments.scoring import ADAPTIVE, STOLEN_MSE, STOLEN_TOKENS, is_told_labels
-from experiments.study import ABOUT, distinct, wanted
+from experiments.study import ABOUT, distinct
 from experiments.summary import TRIVIAL, VICTIM, Summary, attack_settings, each_once, furthest, of_text, summarised, tables
 from fedsim.files import finite, read_json, write_bytes
 from fedsim.run import RunFolder
@@ -130,8 +130,9 @@ def _of_studies(folders: Sequence[RunFolder]) -> list[Row]:
     verdicts, lacking = [], []
     for base, (name, of) in named.items():
         if asked := [one for one in claims.load() if one.study == name]:
-            verdicts += claims.verify(asked, {name: of}, {name: wanted(base)})
-            lacking += claims.caveats(base, of)
+            cells, wanted, told = claims.measured(base, of)
+            verdicts += claims.verify(asked, {name: cells}, {name: wanted})
+            lacking += told
     return [_section("claims", "Claims", claims.summary(verdicts, lacking))] if verdicts else []
 
 

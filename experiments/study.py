@@ -354,13 +354,32 @@ def check_own(name: str, base: Path) -> None:
 
 
 def wanted(base: Path) -> list[Config]:
-    """The configurations of all cells that the study in the folder `base` was last asked for; none where it names no study."""
+    """The configurations of all cells that the study in the folder `base` was last asked for."""
     from fedsim.files import read_json
 
-    if not (base / ABOUT).is_file():
-        return []
     about = read_json(base / ABOUT)
     return list(load(about["study"]).cells(about["size"], about["overrides"]).values())
+
+
+def cells_among(folders: Sequence["RunFolder"], configs: Sequence[Config]) -> list["RunFolder"]:
+    """Those of the folders that are of these configurations, one for each. A setting that an earlier version did not write down
+    may be what it is."""
+    left = {digest(config): config for config in configs}
+    kept = [folder.path for folder in folders if left.pop(digest(folder.config), None)]
+    for folder in folders:
+        if folder.path not in kept and (like := next((key for key, of in left.items() if _says(of, folder.config)), None)):
+            kept.append(folder.path)
+            del left[like]
+    return [folder for folder in folders if folder.path in kept]
+
+
+def _says(config: Any, earlier: Any) -> bool:
+    """Whether a configuration says all that an earlier one does."""
+    if isinstance(config, dict) and isinstance(earlier, dict):
+        return all(key in config and _says(config[key], value) for key, value in earlier.items())
+    if isinstance(config, list) and isinstance(earlier, list):
+        return len(config) == len(earlier) and all(map(_says, config, earlier))
+    return bool(config == earlier)
 
 
 def distinct(folders: Sequence["RunFolder"]) -> list["RunFolder"]:

@@ -346,7 +346,7 @@ def test_verify_answers_a_study_that_was_run(tmp_path, capsys):
     assert main(["verify", "resolution", "--runs", str(tmp_path)]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "resolution was run with data=synthetic" in told
-    assert "of resolution 1 of 18 cells are finished" in told
+    assert "of resolution 1 of 2 cells are finished" in told
     assert main(["report", str(out), "-o", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert all(one.claim in page for one in claims.load() if one.study == "resolution")

@@ -20,7 +20,7 @@ from experiments.config import sweep
 from experiments.estimate import room
 from experiments.runner import check_config
 from experiments.summary import summarised
-from fedsim.files import read_json, read_table
+from fedsim.files import read_json, read_table, write_json
 from fedsim.run import RunFolder, iterate
 
 TINY = """# Two defenses.
@@ -431,6 +431,22 @@ def test_a_folder_of_another_study_is_refused(tiny, capsys):
     assert main(["study", "other", "-o", str(out)]) == 2
     assert capsys.readouterr().err == f"error: {out} is the folder of the study tiny: name another for other\n"
     assert read_json(out / study.ABOUT)["study"] == "tiny"
+
+
+def test_cells_of_an_earlier_trial_are_left_out_of_verdicts_and_named(tiny):
+    out = tiny / "out"
+    assert main(["study", "tiny", "seed=1", "--max-cells", "2", "-o", str(out)]) == 0
+    assert main(["study", "tiny", "--max-cells", "2", "-o", str(out)]) == 0
+    cells, wanted, told = claims.measured(out, iterate([out]))
+    assert [cell.config["seed"] for cell in cells] == [0, 0]
+    assert wanted == list(study.load("tiny").cells("quick").values())
+    trial = "none_cosine_lbfgs_seed=1, uniform_levels=4_cosine_lbfgs_seed=1"
+    left_out = f"left out, as no cells of tiny as it was last asked for: {trial}"
+    assert told == [left_out, "of tiny 2 of 3 cells are finished"]
+    config = cells[0].config
+    del config["tracker"], config["choices"]["tracker"], config["attack"]["record"]  # as if they had been added since
+    write_json(cells[0].path / "config.json", config)
+    assert [cell.path for cell in claims.measured(out, iterate([out]))[0]] == [cell.path for cell in cells]
 
 
 def test_an_attack_that_fails_together_is_made_one_by_one(tiny, capsys, monkeypatch):
