@@ -1,7 +1,7 @@
 """The threat-model card: who sees what, and which conditions of this run make its attack weak or hopeless."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -49,7 +49,7 @@ def card(
     one_gradient = isinstance(protocol, FedSGD)
     return [
         ("attacker", _attacker(setup)),
-        ("the defense", _told(told) if defended(setup) else "there is none"),
+        ("the defense", _told(told) if defended(setup.config["choices"], setup.model) else "there is none"),
         ("weights", "seen: those broadcast each round"),
         (
             "update",
@@ -108,10 +108,10 @@ def _scored(setup: Setup) -> bool:
     return bool(setup.config.get("evaluate", {}).get("clients"))
 
 
-def defended(setup: Setup) -> bool:
+def defended(choices: Mapping[str, str], model: Callable[[], nn.Module]) -> bool:
     """Whether there is a defense to know of: of updates, in the model, or in how they are added up."""
-    summed = isinstance(setup.aggregation, Secure)
-    return summed or setup.config["choices"]["defense"] != "none" or bool(hidden_noises(setup.model()))
+    summed = choices.get("aggregation", "plain") != "plain"
+    return summed or choices["defense"] != "none" or bool(hidden_noises(model()))
 
 
 def _told(attackers: Sequence[bool]) -> str:

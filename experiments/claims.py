@@ -612,8 +612,12 @@ def measured(base: Path, folders: Sequence[RunFolder]) -> tuple[list[RunFolder],
 
 
 def _is_done(folder: RunFolder) -> bool:
-    rounds, config = folder.rounds(), folder.config
-    return len(rounds) > 0 and rounds["round"].max() >= config["rounds"] and (not config["attack"] or len(folder.leaks()) > 0)
+    """Whether all rounds of a cell are done, and all its attackers have been there."""
+    from experiments.runner import who_attacks
+
+    rounds, config, leaks = folder.rounds(), folder.config, _own(folder)
+    done = len(rounds) > 0 and rounds["round"].max() >= config["rounds"]
+    return done and who_attacks(config) <= (set(leaks["attacker"]) if len(leaks) else set())
 
 
 def summary(verdicts: Sequence[Verdict], caveats: Sequence[str] = ()) -> Summary:

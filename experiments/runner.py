@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from fedsim import federation
 from fedsim.accounting import reconstruction_bound
 from fedsim.cohort import cohort_of
 from fedsim.cores import cores
-from fedsim.data import Corpus, check, image_shape
+from fedsim.data import check, image_shape
 from fedsim.defense import check_model
 from fedsim.engines.deployment import Deployment
 from fedsim.engines.inline import Inline
@@ -87,10 +87,9 @@ def check_config(config: Config) -> None:
         whole("data.side", data["side"], 8, 512)
         if attack is not None and data["side"] < WINDOW:
             raise ConfigError(f"data.side must be at least {WINDOW}, SSIM's window, for an attack to be scored, got {data['side']}")
-    shape, classes = ((16,), 400) if data["name"] == "text" else (image_shape(data["name"], data.get("side")), 10)
-    model = build_checked("model", config["model"], image_shape=shape, num_classes=classes)
-    check_model(build_checked("defense", config["defense"]), model.train(config["federation"].get("train_mode", True)))
-    _check_batch(model, shape, config)
+    model = _network(config).train(config["federation"].get("train_mode", True))
+    check_model(build_checked("defense", config["defense"]), model)
+    _check_batch(model, config)
     if data.get("train_size") is not None and data["train_size"] < clients:
         raise ValueError(
             f"data.train_size={data['train_size']} examples are too few for federation.clients={clients}: one each at least"
@@ -98,16 +97,28 @@ def check_config(config: Config) -> None:
     check(data["name"], data["root"], download=data.get("download", False))
 
 
-def _check_batch(model: nn.Module, shape: tuple[int, ...], config: Config) -> None:
+def _network(config: Config) -> nn.Module:
+    """A network as the run's, of other weights and perhaps for other classes: what is known without its data."""
+    classes = 400 if config["data"]["name"] == "text" else 10
+    network: nn.Module = build_checked("model", config["model"], image_shape=_shape(config), num_classes=classes)
+    return network
+
+
+def _shape(config: Config) -> tuple[int, ...]:
+    """The shape of an example."""
+    data = config["data"]
+    return (16,) if data["name"] == "text" else image_shape(data["name"], data.get("side"))
+
+
+def _check_batch(model: nn.Module, config: Config) -> None:
     """Raises ConfigError where the network cannot train on the smallest batch it will see."""
-    size = min(2, config["federation"]["batch_size"])
+    size, shape = min(2, config["federation"]["batch_size"]), _shape(config)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(torch.zeros(size, *shape, dtype=torch.int64 if config["data"]["name"] == "text" else torch.float32))
     except (RuntimeError, ValueError) as error:
-        mode = config["federation"].get("train_mode", True)
-        told = f"model={config['choices']['model']} fails on {size} of {tuple(shape)}: {' '.join(str(error).split())}"
-        ways = "take a larger data.side or federation.batch_size" + (", or federation.train_mode=false" if mode else "")
+        told = f"model={config['choices']['model']} fails on {size} of {shape}: {' '.join(str(error).split())}"
+        ways = "take a larger data.side or federation.batch_size" + (", or federation.train_mode=false" if model.training else "")
         raise ConfigError(f"{told}; {ways}") from None
 
 
@@ -167,10 +178,7 @@ def attackers(setup: Setup, attack: Any, name: str, who: str) -> list[Attacker]:
     if isinstance(attack, GradientMatching) and attack.looks_behind_noise:
         return [Attacker(name, attack, adaptive=True)]
     naive = Attacker(name, attack)
-    if who == "naive" or (who == "both" and not defended(setup)) or isinstance(setup.dataset, Corpus):
-        return [naive]
-    other = adapted(attack, setup.model(), setup.defense)
-    if other is None:
+    if (other := _knowing(attack, who, setup.config, setup.model, setup.defense)) is None:
         return [naive]
     if rehearses(other) and (images := images_behind(setup)) > len(setup.dataset.test):
         raise ValueError(
@@ -179,6 +187,26 @@ def attackers(setup: Setup, attack: Any, name: str, who: str) -> list[Attacker]:
         )
     knowing = Attacker(name + scoring.ADAPTIVE, other, adaptive=True)
     return [knowing] if who == "adaptive" else [naive, knowing]
+
+
+def _knowing(attack: Any, who: str, config: Config, model: Callable[[], nn.Module], defense: Any) -> Any:
+    """What an attacker does who knows the defense, if `who` asks for one and there is something to know; else None."""
+    if who == "naive" or (who == "both" and not defended(config["choices"], model)) or config["data"]["name"] == "text":
+        return None
+    return adapted(attack, model(), defense)
+
+
+def who_attacks(config: Config) -> set[str]:
+    """The attackers that a run's leaks are to name, known without its data."""
+    attack, who = attack_of(config), config.get("attacker", "naive")
+    if attack is None:
+        return set()
+    if isinstance(attack, GradientMatching) and attack.looks_behind_noise:
+        return {"adaptive"}
+    defense = build_checked("defense", config["defense"])
+    if _knowing(attack, who, config, lambda: _network(config), defense) is None:
+        return {"naive"}
+    return {"adaptive"} if who == "adaptive" else {"naive", "adaptive"}
 
 
 def _attackers(setup: Setup, config: Config) -> list[Attacker]:

@@ -16,12 +16,13 @@ import pytest
 
 from experiments import claims, guard, runner, study
 from experiments.cli import main
-from experiments.config import sweep
+from experiments.config import compose, sweep
 from experiments.estimate import room
 from experiments.runner import check_config
 from experiments.summary import summarised
-from fedsim.files import read_json, read_table, write_json
+from fedsim.files import read_json, read_table, write_json, write_table
 from fedsim.run import RunFolder, iterate
+from fedsim.setup import setup_of
 
 TINY = """# Two defenses.
 common: [data.train_size=40, data.test_size=20, federation.clients=2, federation.per_round=2, rounds=1, tap.when=end]
@@ -447,6 +448,41 @@ def test_cells_of_an_earlier_trial_are_left_out_of_verdicts_and_named(tiny):
     del config["tracker"], config["choices"]["tracker"], config["attack"]["record"]  # as if they had been added since
     write_json(cells[0].path / "config.json", config)
     assert [cell.path for cell in claims.measured(out, iterate([out]))[0]] == [cell.path for cell in cells]
+
+
+def test_a_cell_that_was_killed_between_its_two_attackers_is_not_finished(tiny):
+    out = tiny / "out"
+    assert main(["study", "tiny", "defense=uniform", "attacker=both", "--max-cells", "1", "-o", str(out)]) == 0
+    (cell,) = iterate([out])
+    leaks = cell.leaks()
+    assert set(leaks["attacker"]) == {"naive", "adaptive"}
+    write_table(cell.path / "leaks.parquet", leaks[leaks["attacker"] == "naive"])
+    assert "of tiny 0 of 2 cells are finished" in claims.measured(out, [cell])[2]
+    write_table(cell.path / "leaks.parquet", leaks)
+    assert "of tiny 1 of 2 cells are finished" in claims.measured(out, [cell])[2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], {"naive"}),
+        (["attacker=adaptive"], {"adaptive"}),
+        (["defense=topk"], {"naive", "adaptive"}),
+        (["defense=topk", "attacker=naive"], {"naive"}),
+        (["defense=topk", "attack=analytic", "model=mlp_2nn"], {"naive"}),
+        (["defense=precode"], {"naive", "adaptive"}),
+        (["defense=precode", "attack=precode_aware"], {"adaptive"}),
+        (["aggregation=secure"], {"naive", "adaptive"}),
+        (["setting=text", "defense=topk"], {"naive"}),
+        (["attack=none"], set()),
+    ],
+    ids=lambda told: " ".join(told) if isinstance(told, list) else "",
+)
+def test_who_attacks_a_run_is_known_without_its_data(overrides, expected):
+    config = compose([*overrides, "data.train_size=100", "data.test_size=10"])
+    setup = setup_of(config)
+    assert runner.who_attacks(config) == {"adaptive" if one.adaptive else "naive" for one in runner._attackers(setup, config)}
+    assert runner.who_attacks(config) == expected
 
 
 def test_an_attack_that_fails_together_is_made_one_by_one(tiny, capsys, monkeypatch):
