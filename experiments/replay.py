@@ -4,25 +4,40 @@ import functools
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
-from experiments.config import GROUPS, Config, ConfigError, compose
+from experiments.config import GROUPS, Config, ConfigError, choices, compose, key_of
 
 _CHOSEN = tuple(group for group in GROUPS if group not in ("setting", "model/init", "model/bottleneck"))
 
 
 def replay(config: Config) -> str | None:
-    """The command that makes this run again, or None where today's choices have no such name or setting.
+    """The command that makes this run again, or None where none composes to its configuration today.
 
     What a setting or a choice says already is left out. Settings that were added since then are as they are by default.
     """
     try:
         overrides = _overrides(config)
-    except ConfigError:  # a choice that has gone since
+        deployed = config["choices"]["engine"] == "deployment"
+        command, composed = _deployed(config, overrides) if deployed else (["run", *overrides], compose(overrides))
+        others = [name for group, name in config["choices"].items() if name not in (None, composed["choices"].get(group))]
+        if others or _differing(config, composed, ""):
+            return None
+    except ConfigError:  # a choice that has gone since, or what no choice is
         return None
-    if any(override.startswith("+") for override in overrides):
-        return None
-    return shlex.join(["fedsim", "run", *overrides, f"seed={config['seed']}"])
+    return shlex.join(["fedsim", *command])
+
+
+def _deployed(config: Config, overrides: Sequence[str]) -> tuple[list[str], Config]:
+    """The command of a run on a SuperLink and a SuperNode for each client, and what it composes to."""
+    from experiments.deploy import configured
+
+    nodes, said = config["federation"]["clients"], ("engine", "federation.clients", "federation.per_round")
+    told = [override for override in overrides if key_of(override) not in said]
+    if (per_round := config["federation"]["per_round"]) != nodes:
+        told.append(f"federation.per_round={per_round}")
+    return ["deploy", "--nodes", str(nodes), *told], configured(told, nodes)
 
 
 def _overrides(config: Config) -> list[str]:
@@ -32,7 +47,24 @@ def _overrides(config: Config) -> list[str]:
     for groups in (_CHOSEN, ("model/bottleneck",)):  # a defense may choose the bottleneck
         now = _composed(found)["choices"]
         found += tuple(f"{group}={chosen[group]}" for group in groups if chosen.get(group) not in (None, now.get(group)))
-    return [*found, *_differing(config, _composed(found), "")]
+    found += _initialization(config, _composed(found))
+    return [*found, *_differing(config, _composed(found), ""), f"seed={config['seed']}"]
+
+
+def _initialization(config: Config, composed: Config) -> tuple[str, ...]:
+    """The choice of the first weights, whose name is not written down: of its class, if the model's own is of another."""
+    init, own = config["model"].get("init") or {}, composed["model"].get("init") or {}
+    if init.get("_target_") == own.get("_target_"):
+        return ()
+    named = config["choices"].get("model/init")
+    names = [named] if named else [name for name, of in _initializations().items() if of == init["_target_"]]
+    return tuple(f"model/init={name}" for name in names[:1])
+
+
+@functools.cache
+def _initializations() -> dict[str, str]:
+    """The class of each choice of first weights."""
+    return {name: _composed((f"model/init={name}",))["model"]["init"]["_target_"] for name in choices("model/init")}
 
 
 @functools.lru_cache(maxsize=256)
@@ -41,15 +73,22 @@ def _composed(overrides: tuple[str, ...]) -> Config:
 
 
 def _differing(config: Config, composed: Config, path: str) -> list[str]:
-    """Overrides for what `config` has otherwise, without `seed`, `name`, `out` and the names of choices."""
+    """Overrides for what `config` has otherwise, without `seed`, `name`, `out` and the names of choices.
+
+    Raises ConfigError for what no override can say: a setting that is not there, or a class that lacks settings of the one there.
+    """
+    if config.get("_target_") != composed.get("_target_") and composed.keys() - config.keys():
+        raise ConfigError(f"no choice of {path} is {config.get('_target_')}")
     found = []
     for key, value in config.items():
         if not path and key in ("seed", "name", "out", "choices"):
             continue
         if isinstance(value, dict) and isinstance(composed.get(key), dict):
             found += _differing(value, composed[key], f"{path}{key}.")
-        elif key not in composed or composed[key] != value:
-            found.append(f"{'' if key in composed else '+'}{path}{key}={_override(value)}")
+        elif key not in composed:
+            raise ConfigError(f"{path}{key} is no setting")
+        elif composed[key] != value:
+            found.append(f"{path}{key}={_override(value)}")
     return found
 
 
