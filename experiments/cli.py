@@ -420,6 +420,15 @@ def _study(arguments: argparse.Namespace) -> int:
         whole("--seeds", arguments.seeds)
         overrides.append("seed=" + ",".join(map(str, range(arguments.seeds))))
     cells = chosen.cells(size, overrides)
+    _quiet()
+    from experiments import runner
+
+    distinct = {}
+    for config in cells.values():
+        whole("seed", config["seed"], 0)
+        distinct[study.digest(config | {"seed": 0})] = config  # what else may be wrong is so for any seed
+    for config in distinct.values():
+        runner.check_config(config, files=not arguments.dry_run)
     if arguments.dry_run:
         from experiments import progress
         from experiments.estimate import room, seconds
@@ -429,18 +438,10 @@ def _study(arguments: argparse.Namespace) -> int:
         long, large = progress.span(seconds(cells.values())), progress.size(room(cells.values()))
         print(f"{len(cells)} cells, about {long} on one core, up to {large} on disk{other}")
         return 0
-    _quiet()
-    from experiments import runner
     from experiments.progress import console
     from fedsim.files import write_json
     from fedsim.run import RunFolder
 
-    distinct = {}
-    for config in cells.values():
-        whole("seed", config["seed"], 0)
-        distinct[study.digest(config | {"seed": 0})] = config  # what else may be wrong is so for any seed
-    for config in distinct.values():
-        runner.check_config(config)
     base = arguments.out or Path("runs") / f"study-{chosen.name}-{size}"
     study.check_own(chosen.name, base)
     base.mkdir(parents=True, exist_ok=True)

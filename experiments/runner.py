@@ -47,8 +47,11 @@ VIEWS = 16  # rounds of one client that are held together; each costs as much as
 ATTACKERS = ("naive", "adaptive", "both")
 
 
-def check_config(config: Config) -> None:
-    """Raises ConfigError or ValueError for anything in `config` that cannot be run, before anything slow is started."""
+def check_config(config: Config, *, files: bool = True) -> None:
+    """Raises ConfigError or ValueError for anything in `config` that cannot be run, before anything slow is started.
+
+    files  whether its data must be there
+    """
     from fedsim.checks import one_of, whole
 
     whole("rounds", config["rounds"])
@@ -94,7 +97,8 @@ def check_config(config: Config) -> None:
         raise ValueError(
             f"data.train_size={data['train_size']} examples are too few for federation.clients={clients}: one each at least"
         )
-    check(data["name"], data["root"], download=data.get("download", False))
+    if files:
+        check(data["name"], data["root"], download=data.get("download", False))
 
 
 def _network(config: Config) -> nn.Module:

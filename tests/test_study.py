@@ -244,6 +244,31 @@ def test_a_dry_run_names_the_cells_and_does_nothing(tiny, capsys):
     assert not (tiny / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("federation.clients=0", "clients must be a whole number >= 1, got 0"),
+        ("federation.batch_size=0", "batch_size must be a whole number >= 1, got 0"),
+        ("rounds=x", "rounds must be a whole number >= 1, got 'x'"),
+        ("rounds=-3", "rounds must be a whole number >= 1, got -3"),
+        ("seed=a", "seed must be a whole number >= 0, got 'a'"),
+        ("device=foo", "device 'foo' is not usable here"),
+    ],
+)
+def test_a_dry_run_says_what_could_not_be_run(setting, told, tiny, capsys):
+    assert main(["study", "tiny", "--dry-run", setting]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert told in said.err
+
+
+def test_a_dry_run_needs_no_data(tiny, capsys, monkeypatch):
+    monkeypatch.delenv("FEDSIM_DATA", raising=False)
+    assert main(["study", "tiny", "--dry-run", "data=cifar10", f"data.root={tiny}"]) == 0
+    assert "3 cells, about" in capsys.readouterr().out
+    assert main(["study", "tiny", "data=cifar10", f"data.root={tiny}"]) == 2
+
+
 def test_an_unknown_study_is_named_with_those_there_are(tiny, capsys):
     assert main(["study", "tyni"]) == 2
     assert "tiny" in capsys.readouterr().err
