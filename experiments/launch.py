@@ -22,12 +22,12 @@ def main(job: Any) -> None:
 
     from experiments import study
     from experiments.runner import check_config
+    from fedsim.checks import whole
 
     GlobalHydra.instance().clear()  # a cell is composed for itself, and this job's configuration is read by now
     chosen = study.load(job.name)
     cells = chosen.cells(job.size, list(job.settings))
-    if not 0 <= job.cell < len(cells):
-        raise ValueError(f"{job.name} has cells 0 to {len(cells) - 1} in its {job.size} size, got cell={job.cell}")
+    whole(f"cell of {job.name} in its {job.size} size", job.cell, 0, len(cells) - 1)
     name, config = list(cells.items())[job.cell]
     check_config(config)
     base = Path(hydra.utils.to_absolute_path(job.out or f"runs/study-{job.name}-{job.size}"))

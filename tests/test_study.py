@@ -540,7 +540,8 @@ def test_cells_are_jobs_of_a_launcher_of_hydra_s(tmp_path):
     assert rows["failed"].isna().tolist() == [True, True]
     beyond = launched("3")  # there are as many cells as sizes of images
     assert beyond.returncode
-    assert "resolution has cells 0 to 2 in its quick size, got cell=3" in beyond.stderr
+    assert "cell of resolution in its quick size must be a whole number in 0..2, got 3" in beyond.stderr
+    assert "ValueError: cell of resolution in its quick size must be a whole number in 0..2, got 1.5" in launched("1.5").stderr
 
 
 ROOT = Path(study.__file__).parent.parent
