@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -542,6 +543,14 @@ def test_cells_are_jobs_of_a_launcher_of_hydra_s(tmp_path):
     assert beyond.returncode
     assert "cell of resolution in its quick size must be a whole number in 0..2, got 3" in beyond.stderr
     assert "ValueError: cell of resolution in its quick size must be a whole number in 0..2, got 1.5" in launched("1.5").stderr
+
+
+def test_the_settings_of_a_job_are_written_as_its_file_shows():
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (shown,) = re.findall(r"such as (.+)", (ROOT / "experiments" / "conf" / "launch.yaml").read_text())
+    (settings,) = OverridesParser.create().parse_overrides(shlex.split(shown))
+    assert list(map(str, settings.value())) == ["data=synthetic"]
 
 
 ROOT = Path(study.__file__).parent.parent
