@@ -195,7 +195,7 @@ def summarised(folders: Sequence[RunFolder]) -> Summary:
         for label, attack in itertools.product(in_order(here["defense"]), attacks) if len(here) else ():
             if len(victims := here[(here["defense"] == label) & (here["attack"] == attack)]):
                 rows.append([row_name(label, attack, attacks), *cells, *leaked(victims)])
-    notes = [note for note in (_compared(costs), _found(folders)) if note]
+    notes = [note for note in (_compared(costs), _stopped(folders), _found(folders)) if note]
     return Summary(title, columns, rows, _guesses(leaks, attacks[0], len(compared + proofs), text), notes)
 
 
@@ -250,6 +250,16 @@ def _proof(rounds: pd.DataFrame) -> tuple[str, str]:
     worst = last.sort_values("epsilon").iloc[-1]
     bound = math.ceil(100 * worst["reconstruction_bound"]) / 100  # never below what is proved
     return f"{worst['epsilon']:.3g} at {worst['delta']:g}", f"<= {bound:.0%}"
+
+
+def _stopped(folders: Sequence[RunFolder]) -> str | None:
+    """How many of each defense's runs did not finish, in a line."""
+    stopped: dict[str, list[bool]] = defaultdict(list)
+    for folder, name in named(folders):
+        rounds = folder.rounds()
+        stopped[name].append(not len(rounds) or rounds["round"].max() < folder.config["rounds"])
+    told = [f"{sum(of)} of {len(of)} runs of {name}" for name, of in stopped.items() if any(of)]
+    return f"did not finish: {'; '.join(told)}; accuracy and bytes are of those that came furthest" if told else None
 
 
 def _found(folders: Sequence[RunFolder]) -> str | None:

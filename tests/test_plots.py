@@ -158,10 +158,12 @@ def test_what_a_run_that_broke_off_had_learned_is_not_averaged_with_others(tmp_p
     tiny = ["data.train_size=40", "data.test_size=20", "federation.clients=2", "federation.per_round=2", "rounds=2", "attack=none"]
     folders = [start(compose([*tiny, f"seed={seed}"]), tmp_path / str(seed), "a test") for seed in (0, 1)]
     whole = [str(folder.rounds()["accuracy"].iloc[-1]) for folder in folders]
+    assert summary.summarised(folders).notes == []
     path = folders[1].path / "rounds.parquet"
     write_table(path, read_table(path).query("round < 2"))
-    (row,) = summary.summarised([RunFolder.open(folder.path) for folder in folders]).rows
-    assert row[1] == f"{float(whole[0]):.1%}"
+    told = summary.summarised([RunFolder.open(folder.path) for folder in folders])
+    assert told.rows[0][1] == f"{float(whole[0]):.1%}"
+    assert told.notes == ["did not finish: 1 of 2 runs of none; accuracy and bytes are of those that came furthest"]
     write_table(folders[0].path / "rounds.parquet", folders[0].rounds().query("round < 2"))
     (row,) = summary.summarised([RunFolder.open(folder.path) for folder in folders]).rows  # neither came further
     early = [RunFolder.open(folder.path).rounds().dropna(subset="accuracy")["accuracy"].iloc[-1] for folder in folders]
