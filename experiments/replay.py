@@ -46,7 +46,8 @@ def _overrides(config: Config) -> list[str]:
     found = tuple(setting)
     for groups in (_CHOSEN, ("model/bottleneck",)):  # a defense may choose the bottleneck
         now = _composed(found)["choices"]
-        found += tuple(f"{group}={chosen[group]}" for group in groups if chosen.get(group) not in (None, now.get(group)))
+        others = {group: chosen[group] for group in groups if chosen.get(group) not in (None, now.get(group))}
+        found += tuple(f"{group}={name}" for group, name in others.items() if name in choices(group))  # else a class in its place
     found += _initialization(config, _composed(found))
     return [*found, *_differing(config, _composed(found), ""), f"seed={config['seed']}"]
 
@@ -77,7 +78,8 @@ def _differing(config: Config, composed: Config, path: str) -> list[str]:
 
     Raises ConfigError for what no override can say: a setting that is not there, or a class that lacks settings of the one there.
     """
-    if config.get("_target_") != composed.get("_target_") and composed.keys() - config.keys():
+    another = config.get("_target_") != composed.get("_target_")
+    if another and composed.keys() - config.keys():
         raise ConfigError(f"no choice of {path} is {config.get('_target_')}")
     found = []
     for key, value in config.items():
@@ -85,10 +87,10 @@ def _differing(config: Config, composed: Config, path: str) -> list[str]:
             continue
         if isinstance(value, dict) and isinstance(composed.get(key), dict):
             found += _differing(value, composed[key], f"{path}{key}.")
-        elif key not in composed:
+        elif key not in composed and not another:
             raise ConfigError(f"{path}{key} is no setting")
-        elif composed[key] != value:
-            found.append(f"{path}{key}={_override(value)}")
+        elif key not in composed or composed[key] != value:
+            found.append(f"{'' if key in composed else '+'}{path}{key}={_override(value)}")
     return found
 
 

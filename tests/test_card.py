@@ -72,7 +72,7 @@ def test_an_attack_that_is_told_the_labels_is_said_to_be():
 
 def test_a_defense_of_ones_own_is_a_defense():
     plain, own = (setup_of(compose([*SMALL, *more])) for more in ([], ["defense._target_=defenses.SignSGD"]))
-    assert [defended(setup) for setup in (plain, own)] == [False, True]
+    assert [defended(setup.config["choices"], setup.model) for setup in (plain, own)] == [False, True]
     says = [dict(card(setup, Tap(), "dlg", label(setup.config), [True]))["the defense"] for setup in (plain, own)]
     assert says[0] == "there is none"
     assert says[1].startswith("told")

@@ -18,6 +18,7 @@ from experiments.replay import replay
         ["defense=gaussian", "defense.relative=null", "defense.variance=1e-4", "partition=dirichlet", "strategy=fedadam"],
         ["model=mcmahan_cnn", "model/init=xavier", "model.init.gain=2.0"],
         ["model/init=default"],
+        ["defense._target_=mine.NoBias", "+defense.dimensions=2"],
         ["model=lenet_silu", "model/init=kaiming"],
         ["data=cifar10", "data.root=/data/a b", "federation=fedavg", "model=resnet20", "server=imprint", "attack=imprint"],
     ],
