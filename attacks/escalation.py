@@ -112,8 +112,9 @@ def _kinks(one: Observation, known: Knowledge, model: nn.Module) -> list[str]:
     params = {name: t.detach().requires_grad_() for name, t in one.params.items()}
     buffers = {name: t.clone() for name, t in one.buffers.items()}  # BatchNorm writes to them
     images = next(iter(params.values())).new_zeros(2, *known.image_shape)
-    with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
-        nodes = [functional_call(model, {**params, **buffers}, (images,)).grad_fn]
+    with torch.enable_grad(), torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
+        output = functional_call(model, {**params, **buffers}, (images,))
+    nodes = [(output[0] if isinstance(output, tuple) else output).grad_fn]
     seen, found = set(nodes), set()
     while nodes:
         if (node := nodes.pop()) is None:
