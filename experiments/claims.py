@@ -605,7 +605,8 @@ def measured(base: Path, folders: Sequence[RunFolder]) -> tuple[list[RunFolder],
     if about["overrides"]:
         told.append(f"{about['study']} was run with {' '.join(about['overrides'])}")
     if others := [folder.path.name for folder in folders if folder not in cells]:
-        told.append(f"left out, as no cells of {about['study']} as it was last asked for: {', '.join(others)}")
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        told.append(f"left out, as no cells of {about['study']} as it was last asked for: {', '.join(others[:3])}{more}")
     if (done := sum(map(_is_done, cells))) < len(wanted):
         told.append(f"of {about['study']} {done} of {len(wanted)} cells are finished")
     return cells, wanted, told
