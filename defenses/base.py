@@ -20,6 +20,7 @@ from fedsim.defense import (
     State,
     is_followed,
     mixes,
+    parts_of,
     replaces_gradient,
     told_by,
 )
@@ -234,12 +235,11 @@ class ErrorFeedback:
 
 def _aims(defense: object) -> bool:
     """Whether the noise of a defense, or of one that it is made of, is planned for an epsilon."""
-    inner = (*getattr(defense, "parts", ()), *([defense.inner] if isinstance(defense, ErrorFeedback) else []))
-    return any(map(_aims, inner)) if inner else getattr(defense, "epsilon", None) is not None
+    return getattr(defense, "epsilon", None) is not None or any(map(_aims, parts_of(defense)))
 
 
 def _acts_in_training(defense: object) -> bool:
-    inner = (*getattr(defense, "parts", ()), *([defense.inner] if isinstance(defense, ErrorFeedback) else []))
+    inner = parts_of(defense)
     return any(map(_acts_in_training, inner)) if inner else isinstance(defense, BatchDefense | GradientDefense)
 
 

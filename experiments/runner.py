@@ -115,7 +115,7 @@ def _shape(config: Config) -> tuple[int, ...]:
 
 
 def _check_batch(model: nn.Module, config: Config) -> None:
-    """Raises ConfigError where the network cannot train on the smallest batch it will see."""
+    """Raises ConfigError where the network cannot train on two examples, or on one where batches are of one."""
     size, shape = min(2, config["federation"]["batch_size"]), _shape(config)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -88,13 +88,13 @@ def replaces_gradient(defense: object) -> bool:
     """Whether a defense, or one that it is made of, computes another gradient than the batch's."""
     if not isinstance(defense, GradientDefense):
         return False
-    parts = _parts_of(defense)
+    parts = parts_of(defense)
     return any(map(replaces_gradient, parts)) if parts else True
 
 
 def check_model(defense: object, model: nn.Module) -> None:
     """Raises ValueError for a model that a defense, or one that it is made of, says that it cannot train."""
-    for part in _parts_of(defense):
+    for part in parts_of(defense):
         check_model(part, model)
     if (check := getattr(defense, "check_model", None)) is not None:
         check(model)
@@ -102,7 +102,7 @@ def check_model(defense: object, model: nn.Module) -> None:
 
 def batch_parts(defense: object) -> tuple[BatchDefense, ...]:
     """The defense, or those of its parts in their order, that train on other images than the client's, each time on others."""
-    parts = _parts_of(defense)
+    parts = parts_of(defense)
     if parts:
         return tuple(found for part in parts for found in batch_parts(part))
     return (defense,) if isinstance(defense, BatchDefense) else ()
@@ -113,7 +113,8 @@ def mixes(defense: object) -> bool:
     return any(isinstance(part, Mixing) for part in batch_parts(defense))
 
 
-def _parts_of(defense: object) -> tuple[object, ...]:
+def parts_of(defense: object) -> tuple[object, ...]:
+    """The defenses that a defense is made of."""
     return (*getattr(defense, "parts", ()), *([defense.inner] if hasattr(defense, "inner") else []))
 
 
