@@ -3,6 +3,7 @@
     python benchmarks/attacks.py dlg                 original DLG (torch.optim.LBFGS, 300 outer steps) beside attacks.dlg
     python benchmarks/attacks.py steps               one step of an attack on three networks: ms, share of matmul peak
     python benchmarks/attacks.py twice               a large network's gradient of a gradient: PyTorch's own way beside ours
+    python benchmarks/attacks.py precision           the same on a GPU under PyTorch's switches for rounding and order
     python benchmarks/attacks.py breaching --peer PYTHON
                                                      Inverting Gradients of `breaching`, installed elsewhere, beside ours
 
@@ -10,6 +11,7 @@ Images are of CIFAR-10 under $FEDSIM_DATA, or embedded ones with --data syntheti
 """
 
 import argparse
+import itertools
 import math
 import os
 import subprocess
@@ -40,6 +42,7 @@ from fedsim.models import lenet, mcmahan_cnn, resnet18
 from fedsim.observation import Knowledge, Observation
 from fedsim.run import on_device
 from fedsim.seeding import generator
+from fedsim.setup import device_of
 from fedsim.training import batch_loss, local_update, split
 from fedsim.wire import pack
 
@@ -280,6 +283,30 @@ def twice(data: Dataset, arguments: argparse.Namespace) -> None:
                 )
 
 
+def precision(data: Dataset, arguments: argparse.Namespace) -> None:
+    """What a ResNet's gradient by 16 images costs under PyTorch's switches, and its distance from that under fedsim's."""
+    v = victims(data, 16, "resnet18", device=arguments.device)
+    expected = slope(v, gradients_of).double()
+    print(f"one gradient of the cosine gap by 16 images, {data.name}, {arguments.device}, mean of {arguments.evaluations}")
+    for deterministic, searched, tf32 in itertools.product((True, False), (False, True), (False, True)):
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = searched, tf32
+        off = float((slope(v, gradients_of).double() - expected).norm() / expected.norm())
+        times = []
+        for gradients in (gradients_of, plainly):
+            for _ in range(3):
+                float(slope(v, gradients).sum())
+            began = time.perf_counter()
+            for _ in range(arguments.evaluations):
+                float(slope(v, gradients).sum())
+            times.append(1000 * (time.perf_counter() - began) / arguments.evaluations)
+        print(
+            f"  deterministic {deterministic!s:5}   algorithms timed first {searched!s:5}   TF32 {tf32!s:5}"
+            f"   ours {times[0]:6.1f} ms   PyTorch {times[1]:6.1f} ms   differs by {off:.1e}",
+            flush=True,
+        )
+
+
 def breaching(data: Dataset, arguments: argparse.Namespace) -> None:
     """Inverting Gradients with the same settings: `breaching` one victim at a time, ours all at once, labels given."""
     count, iterations = arguments.victims, arguments.evaluations
@@ -314,23 +341,23 @@ def breaching(data: Dataset, arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["dlg", "steps", "twice", "breaching"])
+    parser.add_argument("what", choices=["dlg", "steps", "twice", "precision", "breaching"])
     parser.add_argument("--data", default="cifar10", help="dataset")
     parser.add_argument("--victims", type=int, default=64)
     parser.add_argument("--heads", type=int, nargs="+", default=[10], help="outputs of the network, dlg only: 10 100")
     parser.add_argument("--one-by-one", type=int, default=8, help="victims of the loop; half a minute each")
     parser.add_argument("--steps", type=int, default=300, help="outer steps of the loop")
-    parser.add_argument("--evaluations", type=int, default=20, help="steps, twice, breaching: how many")
+    parser.add_argument("--evaluations", type=int, default=20, help="steps, twice, precision, breaching: how many")
     parser.add_argument("--models", nargs="+", default=["lenet", "mcmahan_cnn", "resnet18"], choices=list(MODELS))
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 48], help="victims at a time; of twice, images of a batch")
     parser.add_argument("--peer", help="breaching: the Python of an environment that has it")
     arguments = parser.parse_args()
-    arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments.device = device_of("auto").type
     torch.set_num_threads(1)
     if arguments.what == "breaching" and not arguments.peer:
         parser.error("breaching needs --peer PYTHON: make an environment, pip install breaching safetensors there, name its python")
     data = load(arguments.data)
-    {"dlg": dlg, "steps": steps, "twice": twice, "breaching": breaching}[arguments.what](data, arguments)
+    {"dlg": dlg, "steps": steps, "twice": twice, "precision": precision, "breaching": breaching}[arguments.what](data, arguments)
 
 
 if __name__ == "__main__":

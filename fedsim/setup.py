@@ -136,13 +136,16 @@ def planned(defense: Defense, exposures: Sequence[Exposure]) -> Defense:
 
 
 def device_of(name: str) -> torch.device:
-    """`auto` is the GPU if there is one; anything else is a torch device name. Raises ValueError for one that is not there."""
+    """`auto` is the GPU if there is one; anything else is a torch device name. Raises ValueError for one that is not there.
+
+    From then on a GPU computes as a CPU does: in whole float32, and the same bits each time.
+    """
     if not isinstance(name, str):
         raise ValueError(f"device must be a name, such as auto or cpu, got {name!r}")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type == "cuda":
+            _as_exact_as_a_cpu()
         torch.empty(0, device=device)
         if device.type == "meta":
             raise ValueError("its tensors hold no numbers")
@@ -151,6 +154,18 @@ def device_of(name: str) -> torch.device:
             f"device {name!r} is not usable here, take device=auto or device=cpu: {str(error).splitlines()[0]}"
         ) from None
     return device
+
+
+def _as_exact_as_a_cpu() -> None:
+    """Convolutions in float32, where PyTorch's default on a GPU is TF32 with its 10 bits, and sums in one order if it has a way.
+
+    An attack looks for images whose update is the one it saw, up to float32's last digits; TF32 has half of them.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # no result depends on it
 
 
 def setup_of(config: Config) -> Setup:
