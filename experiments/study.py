@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -150,7 +150,7 @@ def run(
     def late() -> bool:
         return seconds is not None and time.monotonic() - began >= seconds
 
-    waiting = iter(lots({name: cells[name] for name in todo}))
+    waiting = iter(lots({name: cells[name] for name in todo}, workers))
     if workers == 1:
         for lot in waiting:
             if late():
@@ -250,19 +250,27 @@ def _shared(cells: dict[str, Config], base: Path) -> int:
     return found
 
 
-def lots(cells: dict[str, Config]) -> list[dict[str, Config]]:
+def lots(cells: dict[str, Config], workers: int = 1) -> list[dict[str, Config]]:
     """The cells in lots that are run by one process, each in the order of the grid.
 
-    In a lot are those that learn the same, and with them as many of the same shape as make a program of a good size. On a CPU the
-    victims of a large network are no faster together, and alone less is lost when a study is killed.
+    In a lot are those that learn the same, and with them as many of the same shape as make a program of a good size, or as leave
+    every worker its share. On a CPU the victims of a large network are no faster together, and alone less is lost when a study is
+    killed.
     """
     from attacks.matching import SMALL
     from experiments.estimate import parameters
     from fedsim.setup import device_of
 
-    def most(config: Config) -> int:
-        device = device_of(config["device"]).type
-        return VICTIMS[device] if device != "cpu" or parameters(config) <= SMALL else 1
+    shapes = {name: _shape(config) for name, config in cells.items()}
+    victims = {name: victims_of(config) for name, config in cells.items()}
+    of_shape: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        of_shape[shape] += victims[name]
+
+    def most(name: str) -> int:
+        device = device_of(cells[name]["device"]).type
+        good = VICTIMS[device] if device != "cpu" or parameters(cells[name]) <= SMALL else 1
+        return min(good, math.ceil(of_shape[shapes[name]] / workers))
 
     families: dict[str, list[str]] = defaultdict(list)
     for name, config in cells.items():
@@ -270,18 +278,17 @@ def lots(cells: dict[str, Config]) -> list[dict[str, Config]]:
     made: list[dict[str, Config]] = []
     filled: dict[str, tuple[int, dict[str, Config]]] = {}  # by shape: victims, and the lot they are in
     for members in families.values():
-        of = {name: cells[name] for name in members}
-        for shape, count in ((_shape(config), victims_of(config)) for config in of.values()):
-            if shape in filled and filled[shape][0] + count <= most(cells[members[0]]):
-                lot = filled[shape][1]
+        for name in members:
+            if shapes[name] in filled and filled[shapes[name]][0] + victims[name] <= most(name):
+                lot = filled[shapes[name]][1]
                 break
         else:
             lot = {}
             made.append(lot)
-        lot |= of
-        for config in of.values():
-            there = filled.get(_shape(config))
-            filled[_shape(config)] = (victims_of(config) + (there[0] if there and there[1] is lot else 0), lot)
+        lot |= {name: cells[name] for name in members}
+        for name in members:
+            there = filled.get(shapes[name])
+            filled[shapes[name]] = (victims[name] + (there[0] if there and there[1] is lot else 0), lot)
     return made
 
 

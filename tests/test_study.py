@@ -350,6 +350,7 @@ def test_lots_hold_cells_of_one_shape_and_keep_trainings_together(tiny):
     assert [len(lot) for lot in lots] == [6, 4]  # three defenses of five victims are fifteen, four would be too many
     for lot in lots:
         assert {config["choices"]["attack"] for config in lot.values()} == {"cosine_lbfgs", "idlg"}
+    assert [len(lot) for lot in study.lots(cells, workers=2)] == [4, 4, 2]  # 13 victims for each, of 25
 
 
 def test_cells_of_a_large_network_are_no_faster_together_on_a_cpu(tiny):
