@@ -253,9 +253,9 @@ def _shared(cells: dict[str, Config], base: Path) -> int:
 def lots(cells: dict[str, Config], workers: int = 1) -> list[dict[str, Config]]:
     """The cells in lots that are run by one process, each in the order of the grid.
 
-    In a lot are those that learn the same, and with them as many of the same shape as make a program of a good size, or as leave
-    every worker its share. On a CPU the victims of a large network are no faster together, and alone less is lost when a study is
-    killed.
+    In a lot are those that learn the same, and with them as many of the same shape as make a program of a good size, but no
+    more than leaves every worker a share. On a CPU the victims of a large network are no faster together, and alone less is lost
+    when a study is killed.
     """
     from attacks.matching import SMALL
     from experiments.estimate import parameters
