@@ -22,10 +22,10 @@ from attacks import (
     metrics,
 )
 from attacks.optimizers import DIVERGED, RUNNING, STALLED, Minima, Stop, minimise
-from fedsim.models import resnet20
+from fedsim.models import Xavier, resnet18, resnet20
 from fedsim.observation import Attack, Knowledge, Observation
 from fedsim.seeding import generator
-from fedsim.training import batch_loss, local_update
+from fedsim.training import batch_loss, local_update, split
 from fedsim.wire import pack
 
 torch.set_num_threads(1)
@@ -365,6 +365,19 @@ def test_units_for_every_tensor_show_what_a_deep_network_hides_in_a_sum_of_squar
             assert one.loss <= attack.tolerance * unit  # any image's is, where little shows
             assert one.converged is finds
             assert (metrics.mse(one.images, x).item() < 0.03) is finds
+
+
+def test_a_search_that_begins_where_float32_cannot_tell_two_directions_apart_ends_there() -> None:
+    attack = attacks.cosine_adam(iterations=20)
+    blind = resnet18(SHAPE, CLASSES, norm="batch", activation="sigmoid", init=Xavier(), rng=generator(0, "init")).eval()
+    params, buffers = split(blind)
+    x, y = smooth_images(1), torch.tensor([3])
+    update = pack(local_update(blind, params, buffers, [(x, y)], lr=1.0).update)
+    (one,) = attack([Observation(params, update, 1, buffers=buffers)], KNOWN, blind, generator(0, "attack"))
+    assert (one.evaluations, one.converged) == (1, False)
+    assert metrics.mse(one.images, x).item() > 0.1  # the noise it began with
+    (other,) = attack(victims(Small(), [1])[0], KNOWN, Small(), generator(0, "attack"))
+    assert other.evaluations == 20
 
 
 def test_a_batch_of_two_is_recovered_up_to_its_order() -> None:
