@@ -16,7 +16,7 @@ from attacks.text import SpanCheck, TextMatching
 from fedsim.checks import one_of
 
 # Half the squared distance of two directions that float32 cannot tell apart. On ResNet-18 with sigmoids noise in the place of an
-# image leaves 1e-13 to 5e-12; the smallest gap that a search on the McMahan CNN comes down to is 3e-9.
+# image leaves 1e-13 to 5e-12; the smallest gap that a search on the McMahan CNN comes down to is 2e-9.
 ROUNDING = 1e-11
 
 
