@@ -91,12 +91,12 @@ class Album:
             run, round, client = leak["run"], told["round"], told["client"]
             if (key := (leak["under"], leak["seed"], round, client)) not in truths:
                 truths[key] = self.folders[run].setup().truth(round, client)[0].cpu()
-            if made[0] != (run, leak["made_by"], round):
+            if (pictured := self.folders[run].pictured) and made[0] != (run, leak["made_by"], round):
                 made = (run, leak["made_by"], round), self.folders[run].reconstructions(leak["made_by"], round)
             truth = truths[key][told["image"]]
             told["truth"] = self._still(_coarse(truth) if self.blur else truth)
             if (at := int(leak["reconstruction"])) >= 0:  # else the attack says that it has nothing of this one
-                told["stolen"] = self._still(made[1][sender(leak, client)][at])
+                told["stolen"] = self._still(made[1][sender(leak, client)][at]) if pictured else None
         self._animate(self._room + films)
 
     def _still(self, image: Tensor) -> int | None:
@@ -119,7 +119,8 @@ class Album:
             return self._leaks[i]["run"], self._leaks[i]["made_by"], int(self._leaks[i]["round"])
 
         for (run, made_by, round), victims in itertools.groupby(sorted(self._first, key=where), key=where):
-            traces = self.folders[run].traces(made_by, round)
+            folder = self.folders[run]
+            traces = folder.traces(made_by, round) if folder.pictured else {}
             for i in victims:
                 leak = self._leaks[i]
                 trace = traces.get(sender(leak, int(leak["client"])))

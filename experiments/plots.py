@@ -367,6 +367,8 @@ def _pictures(folders: Sequence[RunFolder], attack: str, columns: int = 8) -> li
     seen: set[str] = set()
     of_same: dict[str, _Rows] = {}  # by where their originals come from
     for folder, name in named(folders):
+        if not folder.pictured:
+            continue
         leaks, config = leaks_of(folder, name), folder.config
         leaks = leaks[leaks["attack"] == attack] if len(leaks) else leaks
         whose = json.dumps([config[key] for key in ("data", "partition", "federation", "seed")], sort_keys=True)
@@ -430,6 +432,8 @@ def _traces(folders: Sequence[RunFolder], attack: str, out: Path, formats: Seque
     """How the worst and the median leak of each run came about, of those whose attack recorded it."""
     made = []
     for folder, name in named(folders):
+        if not folder.pictured:
+            continue
         leaks = leaks_of(folder, name)
         leaks = leaks[leaks["attack"] == attack].sort_values("mse") if len(leaks) else leaks
         for place in sorted({0, (len(leaks) - 1) // 2}) if len(leaks) else ():

@@ -363,6 +363,9 @@ def _in_words(
         said.append(f"Not finished; {what_counts}: {', '.join(unfinished)}.")
     if unbegun:
         said.append(f"Without a finished round, and left out: {', '.join(folder.path.name for folder in unbegun)}.")
+    attacked = set(leaks["run"])
+    if not text and (bare := sum(str(folder.path) in attacked and not folder.pictured for folder in folders)):
+        said.append(f"{_many(bare, 'run')} without pictures of what was stolen: the results alone are there.")
     for row in ranking:
         if row["bare"]:
             counts = row["by"][row["stronger"]]

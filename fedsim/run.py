@@ -177,6 +177,11 @@ class RunFolder:
         for path in (self.path / CHECKPOINT, *(self.path / "clients").glob("*/round_*.safetensors")):
             path.unlink(missing_ok=True)
 
+    @property
+    def pictured(self) -> bool:
+        """Whether what attacks made is here; a run whose results alone came from another machine has its tables without it."""
+        return (self.path / "reconstructions").is_dir()
+
     # Tables.
 
     def rounds(self) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from PIL import Image, ImageSequence
 from rich.console import Console
 from test_cli import fedsim
 
-from experiments import report, runner, summary, table
+from experiments import plots, report, runner, summary, table
 from experiments.config import compose
 from experiments.naming import contender
 from fedsim.files import read_json, read_table, write_json, write_table
@@ -206,6 +206,21 @@ def test_a_folder_without_a_finished_round_is_named_and_left_out(study, tmp_path
     data = data_in(tmp_path / "report.html")
     assert [one["name"] for one in data["contenders"]] == ["none"]
     assert "Without a finished round, and left out: begun." in data["words"]
+
+
+def test_runs_whose_results_alone_came_from_elsewhere_are_reported_and_drawn_without_pictures(study, tmp_path):
+    for name in ("none", "coarse"):
+        shutil.copytree(study / name, tmp_path / name)
+    shutil.rmtree(tmp_path / "coarse" / "reconstructions")
+    folders = [RunFolder(tmp_path / name) for name in ("none", "coarse")]
+    data = report.data_of(folders, "a test")
+    assert "1 run without pictures of what was stolen: the results alone are there." in data["words"]
+    for victim in data["victims"]:
+        assert isinstance(victim["truth"], int)
+        assert (victim["stolen"] is None) is (victim["run"] == data["contenders"][1]["runs"][0]["id"])
+    assert data["left_out"] == {"pictures": 0, "animations": 0}
+    assert any(path.name.startswith("pictures") for path in plots.draw(folders, tmp_path / "both"))
+    assert not any(path.name.startswith("pictures") for path in plots.draw(folders[1:], tmp_path / "bare"))
 
 
 def test_attacks_made_later_have_their_own_card_settings_and_command(study, tmp_path):
