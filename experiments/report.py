@@ -35,6 +35,7 @@ from fedsim.setup import build, setup_of
 TEMPLATE = Path(__file__).with_suffix(".html")
 PICTURES = 12  # victims of each contender in the gallery
 MOST = 14_000_000  # bytes of a page; pictures that would make it larger are left out
+EACH = 6  # settings without a defense that are told one by one
 CURVE = 200  # points of an accuracy curve
 
 
@@ -366,10 +367,12 @@ def _in_words(
     attacked = set(leaks["run"])
     if not text and (bare := sum(str(folder.path) in attacked and not folder.pictured for folder in folders)):
         said.append(f"{_many(bare, 'run')} without pictures of what was stolen: the results alone are there.")
-    for row in ranking:
-        if row["bare"]:
-            counts = row["by"][row["stronger"]]
-            said.append(f"Behind {row['kind']}, {row['attack']} ({row['stronger']}) stole {_of(counts)}.")
+    undefended = [row for row in ranking if row["bare"]]
+    if len(undefended) <= EACH:
+        said += [f"Behind {row['kind']}, {row['attack']} ({row['stronger']}) stole {_of_stronger(row)}." for row in undefended]
+    else:
+        for attack in dict.fromkeys(row["attack"] for row in undefended):
+            said.append(_extremes(attack, [row for row in undefended if row["attack"] == attack], "undefended setting"))
     for attack in dict.fromkeys(row["attack"] for row in ranking):
         defended = [row for row in ranking if row["attack"] == attack and not row["bare"]]
         said += [_extremes(attack, defended)] if defended else []
@@ -389,20 +392,21 @@ def _in_words(
     return said
 
 
-def _extremes(attack: str, defended: list[Row]) -> str:
-    """Which defense, of those in the order of the ranking, gave away least to its stronger attacker, and which most."""
-    told = [f"the {row['stronger']} attacker: {_of(row['by'][row['stronger']])}" for row in defended]
-    first, last = defended[0], defended[-1]
-    if len(defended) == 1:
+def _extremes(attack: str, rows: list[Row], what: str = "defense") -> str:
+    """Which of these, in the order of the ranking, gave away least to its stronger attacker, and which most."""
+    told = [f"the {row['stronger']} attacker: {_of_stronger(row)}" for row in rows]
+    first, last = rows[0], rows[-1]
+    if len(rows) == 1:
         return f"Behind {first['kind']}, {attack} stole most as {told[0]}."
     if first["strongest"] == last["strongest"]:
         return (
-            f"Every defense gave away the same share to its stronger attacker by {attack}: {first['strongest']:.0%} of its victims."
+            f"Every {what} gave away the same share to its stronger attacker by {attack}: {first['strongest']:.0%} of its victims."
         )
     return f"Tried by {attack}, {first['kind']} gave away least, to {told[0]}; {last['kind']} gave away most, to {told[-1]}."
 
 
-def _of(counts: Row) -> str:
+def _of_stronger(row: Row) -> str:
+    counts = row["by"][row["stronger"]]
     low, high = counts["interval"]
     return f"{counts['stolen']} of {counts['n']} (95 % interval {100 * low:.0f}-{100 * high:.0f} %, {counts['lost']} not converged)"
 

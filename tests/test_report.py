@@ -340,7 +340,31 @@ def test_the_words_name_extremes_of_each_attack_and_none_where_all_are_alike():
     both = report._extremes("dlg", [row("A", "dlg", 3), row("B", "dlg", 7)])
     assert "A gave away least, to the naive attacker: 3 of 10" in both
     assert "B gave away most, to the naive attacker: 7 of 10" in both
-    assert "the same share" in report._extremes("dlg", [row("A", "dlg", 3), row("B", "dlg", 3)])
+    assert "Every defense gave away the same share" in report._extremes("dlg", [row("A", "dlg", 3), row("B", "dlg", 3)])
+
+
+def test_the_words_tell_few_settings_without_a_defense_one_by_one_and_of_many_the_extremes():
+    def words(settings: int) -> str:
+        rows = [
+            {
+                "kind": f"setting {i}",
+                "attack": "dlg",
+                "stronger": "naive",
+                "strongest": i / 100,
+                "bare": True,
+                "flag": False,
+                "by": {"naive": {"stolen": i, "n": 100, "interval": [0.0, 1.0], "lost": 0}},
+            }
+            for i in range(settings)
+        ]
+        leaks = pd.DataFrame({"seed": [0], "attack": ["dlg"], "run": ["r"], "verdict": ["stolen"], "mean_colour_mse": [1.0]})
+        return " ".join(report._in_words([], [], [], rows, leaks, "data", text=False))
+
+    assert words(6).count("stole ") == 6
+    many = words(7)
+    assert "stole " not in many
+    assert "setting 0 gave away least" in many
+    assert "setting 6 gave away most" in many
 
 
 # Colours.
