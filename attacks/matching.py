@@ -10,7 +10,7 @@ import copy
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -178,7 +178,8 @@ class GradientMatching:
         for members in alike(seen, plans):
             plan = plans[members[0]]
             group = Problems.of([seen[i] for i in members], plan, known, model, self)
-            with torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else []):
+            threads = _one_thread() if group.device.type == "cpu" and group.parameters <= SMALL else contextlib.nullcontext()
+            with threads, torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else []):
                 torch.manual_seed(seed)  # for models that draw: dropout, variational bottlenecks
                 if self.labels != "joint":
                     labels = torch.stack([self.labels_of(seen[i], i, plan, known, model) for i in members])
@@ -729,6 +730,17 @@ class Problems:
         if self.device.type == "cpu" and self.parameters > SMALL:
             return 1  # one network of this size fills a core, and a layer of problems would fetch more from memory
         return max(1, min(CHUNK.get(self.device.type, CHUNK["cpu"]), MEMORY // saved))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """A small network gains nothing by more, and where other processes run they wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _parts(kind: type) -> list[str]:

@@ -3,6 +3,7 @@
     python benchmarks/attacks.py dlg                 original DLG (torch.optim.LBFGS, 300 outer steps) beside attacks.dlg
     python benchmarks/attacks.py steps               one step of an attack on three networks: ms, share of matmul peak
     python benchmarks/attacks.py twice               a large network's gradient of a gradient: PyTorch's own way beside ours
+    python benchmarks/attacks.py threads             the same for one image, by one thread and by all, alone and beside others
     python benchmarks/attacks.py precision           the same on a GPU under PyTorch's switches for rounding and order
     python benchmarks/attacks.py breaching --peer PYTHON
                                                      Inverting Gradients of `breaching`, installed elsewhere, beside ours
@@ -283,6 +284,32 @@ def twice(data: Dataset, arguments: argparse.Namespace) -> None:
                 )
 
 
+def threads(data: Dataset, arguments: argparse.Namespace) -> None:
+    """Milliseconds of one gradient by an image, with one thread and with one a core, alone and beside a busy process a core."""
+    many = os.cpu_count() or 1
+    print(f"one gradient of the cosine gap by an image, {data.name}, CPU, median of {arguments.evaluations}, ms")
+    print(f"  {'network':14s} {'beside':>8s} {'1 thread':>12s} {f'{many} threads':>12s}   times as fast by one")
+    for name in arguments.models:
+        v = victims(data, 1, name)
+        for beside in ("nobody", "others"):
+            command = [sys.executable, "-c", "while True: pass"]
+            others = [subprocess.Popen(command, start_new_session=True) for _ in range(many if beside == "others" else 0)]
+            spent = []
+            for count in (1, many):
+                torch.set_num_threads(count)
+                times = []
+                for _ in range(arguments.evaluations + 1):  # the first warms up
+                    began = time.perf_counter()
+                    float(slope(v, gradients_of).sum())
+                    times.append(1000 * (time.perf_counter() - began))
+                spent.append(sorted(times[1:])[arguments.evaluations // 2])
+            for other in others:
+                other.kill()
+                other.wait()
+            torch.set_num_threads(1)
+            print(f"  {name:14s} {beside:>8s} {spent[0]:12.1f} {spent[1]:12.1f}   {spent[1] / spent[0]:20.2f}", flush=True)
+
+
 def precision(data: Dataset, arguments: argparse.Namespace) -> None:
     """What a ResNet's gradient by 16 images costs under PyTorch's switches, and its distance from that under fedsim's."""
     v = victims(data, 16, "resnet18", device=arguments.device)
@@ -339,15 +366,18 @@ def breaching(data: Dataset, arguments: argparse.Namespace) -> None:
             )
 
 
+WHAT = {"dlg": dlg, "steps": steps, "twice": twice, "threads": threads, "precision": precision, "breaching": breaching}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["dlg", "steps", "twice", "precision", "breaching"])
+    parser.add_argument("what", choices=list(WHAT))
     parser.add_argument("--data", default="cifar10", help="dataset")
     parser.add_argument("--victims", type=int, default=64)
     parser.add_argument("--heads", type=int, nargs="+", default=[10], help="outputs of the network, dlg only: 10 100")
     parser.add_argument("--one-by-one", type=int, default=8, help="victims of the loop; half a minute each")
     parser.add_argument("--steps", type=int, default=300, help="outer steps of the loop")
-    parser.add_argument("--evaluations", type=int, default=20, help="steps, twice, precision, breaching: how many")
+    parser.add_argument("--evaluations", type=int, default=20, help="all but dlg: how many")
     parser.add_argument("--models", nargs="+", default=["lenet", "mcmahan_cnn", "resnet18"], choices=list(MODELS))
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 48], help="victims at a time; of twice, images of a batch")
     parser.add_argument("--peer", help="breaching: the Python of an environment that has it")
@@ -357,7 +387,7 @@ def main() -> None:
     if arguments.what == "breaching" and not arguments.peer:
         parser.error("breaching needs --peer PYTHON: make an environment, pip install breaching safetensors there, name its python")
     data = load(arguments.data)
-    {"dlg": dlg, "steps": steps, "twice": twice, "precision": precision, "breaching": breaching}[arguments.what](data, arguments)
+    WHAT[arguments.what](data, arguments)
 
 
 if __name__ == "__main__":

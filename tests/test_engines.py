@@ -125,7 +125,10 @@ def on_ray(tmp_path_factory) -> Path:
     """What the runs on Ray left: it takes long to start."""
     pytest.importorskip("ray")
     folder = tmp_path_factory.mktemp("ray")
-    python(ON_RAY, folder)
+    # Ray's workers are nicer than all others: beside tests on every core they hardly run.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        python(ON_RAY, folder)
     return folder
 
 
