@@ -10,7 +10,7 @@ import copy
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -30,7 +30,7 @@ from attacks.memory import keep_freed
 from attacks.metrics import match
 from attacks.optimizers import LBFGS, Minima, Optimizer, Pieces, Stop, minimise
 from attacks.terms import Candidates, Gap, Gradients, Observed, Prior, SquaredGap, distance, scaled, squared_norm
-from fedsim.cores import cores
+from fedsim.cores import cores, on_one_thread, one_thread
 from fedsim.defense import Belief, Explained
 from fedsim.models import Stochastic
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction, Trace
@@ -178,7 +178,9 @@ class GradientMatching:
         for members in alike(seen, plans):
             plan = plans[members[0]]
             group = Problems.of([seen[i] for i in members], plan, known, model, self)
-            threads = _one_thread() if group.device.type == "cpu" and group.parameters <= SMALL else contextlib.nullcontext()
+            # A small network gains nothing by more threads, which beside other processes wait for each other most of the time.
+            small = group.device.type == "cpu" and group.parameters <= SMALL
+            threads = on_one_thread() if small else contextlib.nullcontext()
             with threads, torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else []):
                 torch.manual_seed(seed)  # for models that draw: dropout, variational bottlenecks
                 if self.labels != "joint":
@@ -285,7 +287,7 @@ class GradientMatching:
         finished, lock, stopped = [0] * workers, threading.Lock(), threading.Event()
 
         def work(i: int, share: Tensor) -> Minima:
-            torch.set_num_threads(1)
+            one_thread()
 
             def count(done: int) -> None:
                 with lock:
@@ -295,8 +297,7 @@ class GradientMatching:
             own = group.take(share, stopped)
             return self._minimise(own, starts[share], max(1, chunk // workers) if self.chunk is None else chunk, count)
 
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(workers) as pool:
+        with on_one_thread(), ThreadPoolExecutor(workers) as pool:
             try:
                 works = [pool.submit(work, i, share) for i, share in enumerate(shares)]
                 for one in wait(works, return_when=FIRST_EXCEPTION).done:
@@ -305,8 +306,6 @@ class GradientMatching:
             except BaseException:  # Ctrl-C: the others would go on to their end
                 stopped.set()
                 raise
-            finally:
-                torch.set_num_threads(threads)  # parts of what a worker sets are the whole process's
 
     def _reconstruction(
         self, group: "Problems", minima: Minima, gaps: Tensor, most: float, i: int, seconds: float, chunk: int
@@ -730,17 +729,6 @@ class Problems:
         if self.device.type == "cpu" and self.parameters > SMALL:
             return 1  # one network of this size fills a core, and a layer of problems would fetch more from memory
         return max(1, min(CHUNK.get(self.device.type, CHUNK["cpu"]), MEMORY // saved))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """A small network gains nothing by more, and where other processes run they wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _parts(kind: type) -> list[str]:

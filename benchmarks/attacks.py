@@ -292,21 +292,23 @@ def threads(data: Dataset, arguments: argparse.Namespace) -> None:
     for name in arguments.models:
         v = victims(data, 1, name)
         for beside in ("nobody", "others"):
-            command = [sys.executable, "-c", "while True: pass"]
+            command = [sys.executable, "-c", f"import os\nwhile os.getppid() == {os.getpid()}: pass"]
             others = [subprocess.Popen(command, start_new_session=True) for _ in range(many if beside == "others" else 0)]
             spent = []
-            for count in (1, many):
-                torch.set_num_threads(count)
-                times = []
-                for _ in range(arguments.evaluations + 1):  # the first warms up
-                    began = time.perf_counter()
-                    float(slope(v, gradients_of).sum())
-                    times.append(1000 * (time.perf_counter() - began))
-                spent.append(sorted(times[1:])[arguments.evaluations // 2])
-            for other in others:
-                other.kill()
-                other.wait()
-            torch.set_num_threads(1)
+            try:
+                for count in (1, many):
+                    torch.set_num_threads(count)
+                    times = []
+                    for _ in range(arguments.evaluations + 1):  # the first warms up
+                        began = time.perf_counter()
+                        float(slope(v, gradients_of).sum())
+                        times.append(1000 * (time.perf_counter() - began))
+                    spent.append(sorted(times[1:])[arguments.evaluations // 2])
+            finally:
+                for other in others:
+                    other.kill()
+                    other.wait()
+                torch.set_num_threads(1)
             print(f"  {name:14s} {beside:>8s} {spent[0]:12.1f} {spent[1]:12.1f}   {spent[1] / spent[0]:20.2f}", flush=True)
 
 

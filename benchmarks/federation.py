@@ -61,9 +61,10 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from fedsim import federation  # noqa: E402
+from fedsim.cores import one_thread  # noqa: E402
 from fedsim.engines.inline import Inline  # noqa: E402
 from fedsim.federation import Checkpoint, Engine, Evaluation, Round  # noqa: E402
-from fedsim.setup import Config, Setup, one_thread, setup_of  # noqa: E402
+from fedsim.setup import Config, Setup, setup_of  # noqa: E402
 
 SEED = 0
 CORES = os.cpu_count() or 1

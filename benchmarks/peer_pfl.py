@@ -22,7 +22,8 @@ from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
 from torch import Tensor
 
-from fedsim.setup import Config, one_thread, setup_of
+from fedsim.cores import one_thread
+from fedsim.setup import Config, setup_of
 
 
 class Shard(AbstractDataset):

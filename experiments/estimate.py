@@ -12,6 +12,7 @@ from torch import nn
 
 from experiments.config import Config, build_checked
 from experiments.study import heard, training, victims_of
+from fedsim.cores import on_one_thread
 from fedsim.data import image_shape
 from fedsim.data.text import LENGTH, VOCABULARY
 from fedsim.training import IGNORED, local_update, split
@@ -96,14 +97,10 @@ def _gradient(text: str, batch: int) -> float:
     else:
         images, labels = torch.rand(batch, *shape), torch.zeros(batch, dtype=torch.int64)
     model.train()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        times = []
+    times = []
+    with on_one_thread():
         for _ in range(3):
             began = time.perf_counter()
             local_update(model, *split(model), [(images, labels)], lr=1.0)
             times.append(time.perf_counter() - began)
-    finally:
-        torch.set_num_threads(threads)
     return min(times)

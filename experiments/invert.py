@@ -36,13 +36,14 @@ from experiments.naming import label as label_of
 from experiments.runner import attack_of, attackers, check_config, environment
 from fedsim.checks import whole
 from fedsim.client import chance_seeded
+from fedsim.cores import one_thread
 from fedsim.data import Dataset, load
 from fedsim.defense import Exposure, hooks_of
 from fedsim.files import write_bytes, write_with
 from fedsim.observation import Observation, Reconstruction
 from fedsim.run import trace_tensors
 from fedsim.seeding import generator, seed_of
-from fedsim.setup import Setup, device_of, one_thread, planned
+from fedsim.setup import Setup, device_of, planned
 from fedsim.training import Hooks, local_update, split
 from fedsim.updates import Update
 from fedsim.wire import nbytes, pack

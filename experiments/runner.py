@@ -29,7 +29,7 @@ from experiments.tracking import Tracking, tracked
 from fedsim import federation
 from fedsim.accounting import reconstruction_bound
 from fedsim.cohort import cohort_of
-from fedsim.cores import cores
+from fedsim.cores import cores, one_thread
 from fedsim.data import check, image_shape
 from fedsim.defense import check_model
 from fedsim.engines.deployment import Deployment
@@ -40,7 +40,7 @@ from fedsim.observation import SUM, Observation, Reconstruction
 from fedsim.run import RunError, RunFolder
 from fedsim.secure_rounds import check_averages
 from fedsim.seeding import generator
-from fedsim.setup import Setup, check_targets, device_of, one_thread, setup_of
+from fedsim.setup import Setup, check_targets, device_of, setup_of
 from fedsim.tap import Tap
 
 VIEWS = 16  # rounds of one client that are held together; each costs as much as the first

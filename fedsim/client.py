@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedsim.cores import one_thread
 from fedsim.defense import State, hooks_of
 from fedsim.files import read_tensors, write_json, write_tensors
 from fedsim.inspection import Finding, Inspection, Refused
@@ -20,7 +21,7 @@ from fedsim.records import ARRAYS, CONFIG, METRICS, SENDER, client_of, record, r
 from fedsim.secure_aggregation import Secure
 from fedsim.secure_rounds import answer_steps, masked_reply, shares_in
 from fedsim.seeding import generator, global_stream, seed_of
-from fedsim.setup import Config, Setup, model_of, one_thread, setup_of
+from fedsim.setup import Config, Setup, model_of, setup_of
 from fedsim.training import Trained, evaluate
 from fedsim.updates import Update
 from fedsim.wire import pack

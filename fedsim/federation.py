@@ -18,7 +18,7 @@ from torch import Tensor
 from fedsim.checks import whole
 from fedsim.client import client_app
 from fedsim.cohort import cohort_of
-from fedsim.cores import cores
+from fedsim.cores import cores, one_thread
 from fedsim.engines.inline import Inline
 from fedsim.observation import Observation
 from fedsim.records import arrays_of, tensors_of
@@ -35,7 +35,7 @@ from fedsim.server import (
     restore_strategy,
     strategy_state,
 )
-from fedsim.setup import Setup, build, model_of, one_thread
+from fedsim.setup import Setup, build, model_of
 from fedsim.training import evaluate, predictions, split
 
 

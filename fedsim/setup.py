@@ -216,9 +216,3 @@ def model_of(setup: Setup) -> nn.Module:
     if getattr(_local, "setup", None) is not setup:
         _local.setup, _local.model = setup, setup.model()
     return _local.model
-
-
-def one_thread() -> None:
-    """Makes this thread compute on one core: parallelism is across clients, and numbers must not depend on the number of cores."""
-    if torch.get_num_threads() != 1:
-        torch.set_num_threads(1)

@@ -20,8 +20,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.checks import whole
-from fedsim.cores import cores
-from fedsim.setup import one_thread
+from fedsim.cores import cores, one_thread
 
 log = logging.getLogger(__name__)
 
