@@ -96,7 +96,7 @@ def decibels(found: list, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("defense", [TopK(0.7), UniformQuantization(16), Chain((TopK(0.7), StochasticQuantization(120)))], ids=repr)
 def test_who_knows_the_defense_sees_more(defense):
-    model, seen, images, known = victims(defense, 4)
+    model, seen, images, known = victims(defense)
     attack = replace(attacks.idlg(evaluations=800), stop=attacks.Stop())
     naive = decibels(attack(seen, known, model, generator(0, "attack")), images)
     knowing = decibels(attack(seen, replace(known, defense=defense), model, generator(0, "attack")), images)
