@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import attacks
 from attacks import Rehearsed, adapted, metrics
@@ -32,7 +32,7 @@ from defenses import (
 from experiments import scoring
 from experiments.config import compose
 from experiments.runner import attack_again, attack_of, start, with_history
-from fedsim.data import load
+from fedsim.data import Dataset, load
 from fedsim.defense import Belief, Defense, hooks_of
 from fedsim.models import Default, lenet, mlp
 from fedsim.observation import Knowledge, Observation
@@ -43,6 +43,7 @@ from fedsim.updates import Update, norm
 from fedsim.wire import Packets, pack, unpack
 
 DATA = load("synthetic", train_size=64, test_size=64)
+SMALL = load("synthetic", train_size=64, test_size=64, side=16)  # for searches of hundreds of evaluations
 
 
 def belief(value: Tensor, low: float, high: float, weight: float) -> Belief:
@@ -77,17 +78,17 @@ def test_the_distance_to_what_is_possible_is_differentiable():
     assert torch.autograd.gradcheck(lambda x: (x - completed({"x": x}, {"x": double})["x"]).square(), x)
 
 
-def victims(defense: Defense, count: int = 8) -> tuple[torch.nn.Module, list[Observation], Tensor, Knowledge]:
+def victims(defense: Defense, count: int = 8, data: Dataset = DATA) -> tuple[nn.Module, list[Observation], Tensor, Knowledge]:
     """Clients with an image and a random network each, whose gradients go through `defense`."""
-    images, labels = DATA.train.batch(torch.arange(count))
+    images, labels = data.train.batch(torch.arange(count))
     seen = []
     for i in range(count):
-        model = lenet(DATA.image_shape, 10, rng=generator(0, "network", i))
+        model = lenet(data.image_shape, 10, rng=generator(0, "network", i))
         params, buffers = split(model)
         update: Update = local_update(model, params, buffers, [(images[i : i + 1], labels[i : i + 1])], lr=1.0).update
         packets, _ = defense(pack(update), defense.init(update), generator(0, "defense", i))
         seen.append(Observation(params, packets, 1, client=i))
-    return model, seen, images, Knowledge(DATA.image_shape, 10, lr=1.0, local_steps=1, public=DATA.test)
+    return model, seen, images, Knowledge(data.image_shape, 10, lr=1.0, local_steps=1, public=data.test)
 
 
 def decibels(found: list, images: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def decibels(found: list, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("defense", [TopK(0.7), UniformQuantization(16), Chain((TopK(0.7), StochasticQuantization(120)))], ids=repr)
 def test_who_knows_the_defense_sees_more(defense):
-    model, seen, images, known = victims(defense)
+    model, seen, images, known = victims(defense, data=SMALL)
     attack = replace(attacks.idlg(evaluations=800), stop=attacks.Stop())
     naive = decibels(attack(seen, known, model, generator(0, "attack")), images)
     knowing = decibels(attack(seen, replace(known, defense=defense), model, generator(0, "attack")), images)
@@ -139,7 +140,7 @@ def test_how_short_an_update_was_clipped_changes_nothing_for_a_gap_of_directions
 
 def test_who_knows_of_clipping_steals_no_less_by_a_gap_of_directions():
     defense = Clip(0.1)  # of gradients about 50 times as long
-    model, seen, images, known = victims(defense, 8)
+    model, seen, images, known = victims(defense, data=SMALL)
     attack = attacks.cosine_lbfgs(evaluations=300)
     naive = decibels(attack(seen, known, model, generator(0, "attack")), images)
     knowing = decibels(attack(seen, replace(known, defense=defense), model, generator(0, "attack")), images)
@@ -150,7 +151,7 @@ def test_a_rehearsal_chooses_the_weight_of_the_prior_by_the_noise():
     attack = attacks.idlg(evaluations=150)
     chosen = {}
     for defense in (UniformQuantization(2**16), GaussianNoise(relative=1.0)):
-        model, seen, _, known = victims(defense, 2)
+        model, seen, _, known = victims(defense, 2, SMALL)
         made = adapted(attack, model, defense)(seen, replace(known, defense=defense), model, generator(0, "attack"))
         assert len({one.attack for one in made}) == 1  # of one round
         chosen[defense] = float(made[0].attack.removeprefix("tv="))
@@ -160,7 +161,7 @@ def test_a_rehearsal_chooses_the_weight_of_the_prior_by_the_noise():
 
 def test_an_attacker_who_explains_all_that_noise_leaves_to_explain_has_converged():
     defense = StochasticQuantization(240)
-    model, seen, images, known = victims(defense, 4)
+    model, seen, images, known = victims(defense, 4, SMALL)
     attack = attacks.idlg(evaluations=400)
     naive = attack(seen, known, model, generator(0, "attack"))
     made = adapted(attack, model, defense)(seen, replace(known, defense=defense), model, generator(0, "attack"))
@@ -191,8 +192,8 @@ def test_where_every_image_explains_what_was_seen_no_search_has_converged():
 
 
 def test_the_gap_of_the_truth_leaves_global_chance_alone_and_does_not_depend_on_it():
-    layers = [torch.nn.Conv2d(3, 5, 5, stride=4), torch.nn.Sigmoid(), torch.nn.Flatten(), torch.nn.Dropout(0.3)]
-    model = torch.nn.Sequential(*layers, torch.nn.Linear(245, 10)).train()
+    layers = [nn.Conv2d(3, 5, 5, stride=4), nn.Sigmoid(), nn.Flatten(), nn.Dropout(0.3)]
+    model = nn.Sequential(*layers, nn.Linear(245, 10)).train()
     params, buffers = split(model)
     update = local_update(model, params, buffers, [DATA.train.batch(torch.tensor([0]))], lr=1.0).update
     defense = GaussianNoise(relative=0.05)
@@ -265,9 +266,7 @@ HIDING = [
 ]
 
 
-def behind(
-    defense: Defense, batch_size: int, network: int, classes: int = 10
-) -> tuple[torch.nn.Module, Observation, Tensor, Knowledge]:
+def behind(defense: Defense, batch_size: int, network: int, classes: int = 10) -> tuple[nn.Module, Observation, Tensor, Knowledge]:
     """A client of a network whose features are as often below zero as above: their mean over images says nothing."""
     normalised: dict = {"mean": DATA.mean, "std": DATA.std}
     model = mlp(DATA.image_shape, classes, hidden=(64,), activation="tanh", **normalised, rng=generator(0, "network", network))
@@ -312,8 +311,8 @@ def test_labels_of_a_batch_are_counted_no_worse_by_who_knows_the_defense(defense
 def test_a_head_without_a_bias_is_asked_as_well():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        features = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 64), torch.nn.Tanh())
-        model = torch.nn.Sequential(features, torch.nn.Linear(64, 10, bias=False))
+        features = nn.Sequential(nn.Flatten(), nn.Linear(3072, 64), nn.Tanh())
+        model = nn.Sequential(features, nn.Linear(64, 10, bias=False))
     with torch.no_grad():
         features[1].bias.copy_(-features[1].weight.sum(1) / 2)  # features of grey are 0
     params, buffers = split(model)
@@ -365,7 +364,7 @@ def test_a_length_that_a_defense_hides_is_rehearsed_without():
 
 def test_clipping_stops_nobody_who_knows_of_it():
     defense = Clip(0.1)  # of gradients about 50 times as long
-    model, seen, images, known = victims(defense, 4)
+    model, seen, images, known = victims(defense, 4, SMALL)
     attack = attacks.idlg(evaluations=600)
     naive = decibels(attack(seen, known, model, generator(0, "attack")), images)
     made = adapted(attack, model, defense)(seen, replace(known, defense=defense), model, generator(0, "attack"))
@@ -436,19 +435,19 @@ def test_a_rehearsal_of_a_client_with_a_memory_has_a_past():
 
 def test_who_follows_a_client_with_a_memory_sees_more():
     # Of the second message of clients whose images are others each time.
-    defense, model = ErrorFeedback(TopK(0.5)), lenet(DATA.image_shape, 10, rng=generator(0, "network"))
+    defense, model = ErrorFeedback(TopK(0.5)), lenet(SMALL.image_shape, 10, rng=generator(0, "network"))
     params, buffers = split(model)
     seen, images = [], []
     for i in range(8):
         previous, state = None, None
         for round in (1, 2):
-            x, y = DATA.train.batch(torch.tensor([2 * i + round]))
+            x, y = SMALL.train.batch(torch.tensor([2 * i + round]))
             update = local_update(model, params, buffers, [(x, y)], lr=1.0).update
             packets, state = defense(pack(update), state or defense.init(update), generator(0, "unused"))
             previous = Observation(params, packets, 1, round, i, previous=previous, followed=True)
         seen.append(previous)
         images.append(x)
-    known = Knowledge(DATA.image_shape, 10, lr=1.0, local_steps=1, public=DATA.test, defense=defense)
+    known = Knowledge(SMALL.image_shape, 10, lr=1.0, local_steps=1, public=SMALL.test, defense=defense)
     attack = replace(attacks.idlg(evaluations=300, tv=1e-3), stop=attacks.Stop())
     alone = [replace(one, previous=None, followed=False) for one in seen]
     blind, following = (decibels(attack(those, known, model, generator(0, "attack")), torch.cat(images)) for those in (alone, seen))
