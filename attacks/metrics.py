@@ -61,10 +61,10 @@ def ssim(reconstructed: Tensor, true: Tensor) -> Tensor:
     a, b = _pair(reconstructed, true)
     if min(a.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM's window is {WINDOW} pixels wide, images are {_shape(a)[-2:]}; use mse or psnr_db")
-    from torchmetrics.functional.image import structural_similarity_index_measure  # takes ten seconds to import
+    from kornia.metrics import ssim as ssim_map  # in a second; torchmetrics' brings torchvision and torch's compiler, in ten
 
-    value = structural_similarity_index_measure(a, b, data_range=1.0, kernel_size=WINDOW, sigma=1.5, reduction="none")
-    return value.reshape(len(a))  # type: ignore[union-attr]
+    # Of float32, kornia's value of a grey image depends in the last bits on how many images there are.
+    return ssim_map(a.double(), b.double(), WINDOW).flatten(1).mean(1).float()
 
 
 def lpips(reconstructed: Tensor, true: Tensor, *, net: str = "alex", weights: str | Path | None = None) -> Tensor:
@@ -96,7 +96,10 @@ def lpips(reconstructed: Tensor, true: Tensor, *, net: str = "alex", weights: st
 
 def lpips_weights(net: str = "alex") -> Path | None:
     """The installed weights file of a backbone that `lpips` would use, or None."""
-    path = _cached_weights(one_of("net", net, BACKBONES))
+    one_of("net", net, BACKBONES)
+    if not any(_downloads().glob(f"{_backbone(net)}-*.pth")):  # whose exact name takes seconds to ask torchvision for
+        return None
+    path = _cached_weights(net)
     return path if path.is_file() else None
 
 
@@ -108,7 +111,11 @@ def _cached_weights(net: str) -> Path:
     import torchvision
 
     url = getattr(torchvision.models, BACKBONES[net][0]).DEFAULT.url
-    return Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    return _downloads() / url.rsplit("/", 1)[1]
+
+
+def _downloads() -> Path:
+    return Path(torch.hub.get_dir(), "checkpoints")
 
 
 @functools.lru_cache(maxsize=3)

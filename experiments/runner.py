@@ -519,7 +519,7 @@ def show_card(setup: Setup, config: Config) -> None:
 def environment(setup: Setup, command: str) -> dict[str, Any]:
     """What a result depends on besides its configuration."""
     packages = {}
-    for package in ("fedsim", "torch", "torchvision", "flwr", "flwr-datasets", "dp-accounting", "numpy", "pandas", "ray"):
+    for package in ("fedsim", "torch", "torchvision", "flwr", "flwr-datasets", "dp-accounting", "kornia", "numpy", "pandas", "ray"):
         with contextlib.suppress(PackageNotFoundError):
             packages[package] = version(package)
     device = str(setup.device)

@@ -1,6 +1,9 @@
 """Metrics: closed forms, what clamping protects from, matching, intervals."""
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +50,13 @@ def test_ssim_of_negated_noise_is_negative_and_each_image_has_its_own() -> None:
     same, negated = metrics.ssim(guess, true).tolist()
     assert same == pytest.approx(1, abs=1e-5)
     assert negated < -0.5
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_ssim_of_an_image_does_not_depend_on_those_beside_it(channels) -> None:
+    guess, true = images(5, channels, 16, 17), images(5, channels, 16, 17, stream="others")
+    alone = [metrics.ssim(a[None], b[None]) for a, b in zip(guess, true, strict=True)]
+    assert torch.equal(metrics.ssim(guess, true), torch.cat(alone))
 
 
 def test_ssim_says_so_when_images_are_smaller_than_its_window() -> None:
@@ -180,12 +190,23 @@ def test_metrics_agree_with_scikit_image(pair) -> None:
     assert metrics.ssim(reconstructed, true).tolist() == pytest.approx(ssim, abs=1e-4)
 
 
-def test_psnr_agrees_with_torchmetrics(pair) -> None:
-    from torchmetrics.functional.image import peak_signal_noise_ratio
+def test_psnr_and_ssim_agree_with_torchmetrics(pair) -> None:
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     reconstructed, true = (t.clamp(0, 1) for t in pair)
     theirs = peak_signal_noise_ratio(reconstructed, true, data_range=1.0, reduction="none", dim=(1, 2, 3))
     assert torch.allclose(metrics.psnr_db(*pair), theirs, rtol=1e-5)
+    theirs = structural_similarity_index_measure(reconstructed.double(), true.double(), data_range=1.0, reduction="none")
+    assert torch.allclose(metrics.ssim(*pair).double(), theirs, atol=1e-7)
+
+
+def test_scores_without_lpips_import_nothing_slow(tmp_path) -> None:
+    slow = {"torchmetrics", "torchvision", "torch._dynamo"}
+    ask = f"""import sys, torch; from attacks import metrics
+a = torch.zeros(1, 3, 11, 11); metrics.ssim(a, a), metrics.lpips_weights(); print(*{slow} & set(sys.modules))"""
+    command = [sys.executable, "-c", ask]
+    found = subprocess.run(command, env=os.environ | {"TORCH_HOME": str(tmp_path)}, capture_output=True, text=True, check=True)
+    assert found.stdout == "\n"
 
 
 # What clamping protects from ------------------------------------------------------------------------------------------------------
