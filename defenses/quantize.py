@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from scipy.cluster.vq import kmeans, kmeans2
 from torch import Tensor
 
 from defenses.base import TensorByTensor
@@ -254,6 +253,8 @@ class KMeansQuantization(TensorByTensor):
         return replace(packet, values=levels[nearest], grid=Codebook(tuple(levels.tolist())))
 
     def _levels(self, values: Tensor, rng: torch.Generator) -> Tensor:
+        from scipy.cluster.vq import kmeans, kmeans2  # a second for every process of a federation, and needed here only
+
         there = values.unique()
         if len(there) <= self.centroids:
             return there

@@ -15,7 +15,20 @@ import torch
 from PIL import Image
 
 from fedsim import data
-from fedsim.data import IID, ByClass, DataNotFound, Dirichlet, Images, SizeSkewed, batch_of, batches_of, load, sources, synthetic
+from fedsim.data import (
+    IID,
+    ByClass,
+    DataNotFound,
+    Dirichlet,
+    Images,
+    SizeSkewed,
+    batch_of,
+    batches_of,
+    load,
+    partition,
+    sources,
+    synthetic,
+)
 from fedsim.seeding import generator
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -462,9 +475,10 @@ class TestEveryPartition:
         if not isinstance(rule, ByClass):
             assert held.all()
 
-    def test_the_seed_decides_and_nothing_else(self, rule):
+    def test_the_seed_decides_and_nothing_else(self, rule, own_cache, monkeypatch):
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
         one = rule(LABELS, CLIENTS, seed=3)
+        monkeypatch.setenv("FEDSIM_CACHE", str(own_cache / "another"))
         random.seed(2), np.random.seed(2), torch.manual_seed(2)
         before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
         same, other = rule(LABELS, CLIENTS, seed=3), rule(LABELS, CLIENTS, seed=4)
@@ -473,12 +487,52 @@ class TestEveryPartition:
         assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
         assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
+    def test_it_is_dealt_once(self, rule, monkeypatch):
+        dealt = rule(LABELS, CLIENTS, seed=3)
+        monkeypatch.setattr(partition, "_dealt", None)
+        kept = rule(LABELS, CLIENTS, seed=3)
+        assert [share.dtype for share in kept] == [torch.int64] * CLIENTS
+        assert all(torch.equal(a, b) for a, b in zip(dealt, kept, strict=True))
+        for labels, clients, seed in ((LABELS, CLIENTS, 4), (LABELS, CLIENTS - 1, 3), (LABELS.roll(1), CLIENTS, 3)):
+            with pytest.raises(TypeError, match="not callable"):
+                rule(labels, clients, seed)
+
     def test_its_repr_makes_it_again(self, rule):
         assert eval(repr(rule)) == rule
 
     def test_more_clients_than_images_are_refused(self, rule):
         with pytest.raises(ValueError, match="num_clients must be at most the 31 images there are, got 32"):
             rule(LABELS[:31], 32, seed=0)
+
+
+def test_no_two_rules_share_what_is_kept(own_cache):
+    for rule in PARTITIONS:
+        rule(LABELS, CLIENTS, seed=3)
+    assert len(list(own_cache.iterdir())) == len(PARTITIONS)
+
+
+def test_a_kept_partition_that_is_damaged_is_dealt_anew(own_cache):
+    dealt = IID()(LABELS, CLIENTS, 0)
+    (file,) = own_cache.iterdir()
+    file.write_bytes(flip(file.read_bytes()))
+    assert all(torch.equal(a, b) for a, b in zip(dealt, IID()(LABELS, CLIENTS, 0), strict=True))
+
+
+def test_the_newest_partitions_are_kept_and_nothing_else_goes(own_cache, monkeypatch):
+    monkeypatch.setattr(partition, "KEPT", 2)
+    own_cache.mkdir()
+    (own_cache / "other-0.safetensors").touch()
+    for seed in range(3):
+        IID()(LABELS, CLIENTS, seed)
+        for file in own_cache.iterdir():
+            os.utime(file, (file.stat().st_atime, file.stat().st_mtime - 10))
+    assert len(list(own_cache.glob("partition-*"))) == 2
+    assert (own_cache / "other-0.safetensors").exists()
+    monkeypatch.setattr(partition, "_dealt", None)
+    for seed in (1, 2):
+        IID()(LABELS, CLIENTS, seed)
+    with pytest.raises(TypeError, match="not callable"):
+        IID()(LABELS, CLIENTS, 0)
 
 
 def test_iid_shares_differ_by_one_image_at_most():

@@ -76,6 +76,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
         write_with(path, lambda name: save_file(whole, name, metadata={"fedsim": told}))
 
 
+def prune(name: str, keep: int) -> None:
+    """Removes all cache files of `name` but the `keep` newest. What another process removes meanwhile is no error."""
+    with contextlib.suppress(OSError):
+        files = sorted(folder().glob(f"{name}-*.safetensors"), key=lambda path: path.stat().st_mtime)
+        for old in files[:-keep]:
+            old.unlink()
+
+
 def _checksum(tensors: dict[str, Tensor]) -> int:
     total = 0
     for name in sorted(tensors):

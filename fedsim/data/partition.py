@@ -5,9 +5,12 @@ no place is given twice. The images are shuffled by our own seed first, so that 
 the seed and not on the order of a file. No global random state is read or changed.
 """
 
+import hashlib
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -15,10 +18,14 @@ import torch
 from torch import Tensor
 
 from fedsim.checks import one_of, whole
+from fedsim.data import cache
 from fedsim.seeding import generator, seed_of
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
+
+VERSION = 1  # raise it when the same labels and seed would give other shares
+KEPT = 100  # partitions on disk; one of 50,000 images takes 200 kB
 
 
 class Partition(Protocol):
@@ -35,9 +42,13 @@ class IID:
 
     def __call__(self, labels: Tensor, num_clients: int, seed: int) -> list[Tensor]:
         """Places of each client's images, ascending."""
-        from flwr_datasets.partitioner import IidPartitioner
 
-        return _deal(self, lambda: IidPartitioner(num_clients), labels, num_clients, seed)
+        def build() -> "Partitioner":
+            from flwr_datasets.partitioner import IidPartitioner
+
+            return IidPartitioner(num_clients)
+
+        return _deal(self, build, labels, num_clients, seed)
 
 
 @dataclass(frozen=True)
@@ -57,9 +68,10 @@ class Dirichlet:
 
     def __call__(self, labels: Tensor, num_clients: int, seed: int) -> list[Tensor]:
         """Places of each client's images, ascending."""
-        from flwr_datasets.partitioner import DirichletPartitioner
 
         def build() -> "Partitioner":
+            from flwr_datasets.partitioner import DirichletPartitioner
+
             return DirichletPartitioner(
                 num_clients, "label", float(self.alpha), self.min_size, shuffle=False, seed=seed_of(seed, "partition", "numpy")
             )
@@ -82,8 +94,6 @@ class ByClass:
 
     def __call__(self, labels: Tensor, num_clients: int, seed: int) -> list[Tensor]:
         """Places of each client's images, ascending."""
-        from flwr_datasets.partitioner import PathologicalPartitioner
-
         num_classes = len(labels.unique())
         if self.classes_per_client > num_classes:
             raise ValueError(
@@ -91,6 +101,8 @@ class ByClass:
             )
 
         def build() -> "Partitioner":
+            from flwr_datasets.partitioner import PathologicalPartitioner
+
             return PathologicalPartitioner(
                 num_clients,
                 "label",
@@ -114,22 +126,41 @@ class SizeSkewed:
 
     def __call__(self, labels: Tensor, num_clients: int, seed: int) -> list[Tensor]:
         """Places of each client's images, ascending."""
-        from flwr_datasets.partitioner import ExponentialPartitioner, LinearPartitioner, SquarePartitioner
 
-        kinds = {"linear": LinearPartitioner, "square": SquarePartitioner, "exponential": ExponentialPartitioner}
-        return _deal(self, lambda: kinds[self.kind](num_clients), labels, num_clients, seed)
+        def build() -> "Partitioner":
+            from flwr_datasets.partitioner import ExponentialPartitioner, LinearPartitioner, SquarePartitioner
+
+            kinds = {"linear": LinearPartitioner, "square": SquarePartitioner, "exponential": ExponentialPartitioner}
+            return kinds[self.kind](num_clients)
+
+        return _deal(self, build, labels, num_clients, seed)
 
 
 def _deal(rule: Partition, build: "Callable[[], Partitioner]", labels: Tensor, num_clients: int, seed: int) -> list[Tensor]:
-    import datasets
-    import pyarrow as pa
-
+    """The shares, as this process or one before it has dealt them: to import flwr-datasets takes seconds."""
     if num_clients < 1:
         raise ValueError(f"num_clients must be at least 1, got {num_clients}")
     if num_clients > len(labels):
         raise ValueError(f"num_clients must be at most the {len(labels)} images there are, got {num_clients}")
+    labels = labels.cpu()
+    about = json.dumps([VERSION, *map(version, ("flwr-datasets", "numpy", "torch")), repr(rule), num_clients, seed])
+    path = cache.path_of("partition", hashlib.sha256(about.encode() + labels.numpy().tobytes()).hexdigest())
+    kept = cache.read_tensors(path)
+    if kept is not None:
+        places, sizes = kept[0]["places"], kept[0]["sizes"]
+        return [share.long() for share in places.split(sizes.tolist())]
+    shares = _dealt(rule, build, labels, num_clients, seed)
+    cache.write_tensors(path, {"places": torch.cat(shares).int(), "sizes": torch.tensor([len(share) for share in shares])}, {})
+    cache.prune("partition", KEPT)
+    return shares
+
+
+def _dealt(rule: Partition, build: "Callable[[], Partitioner]", labels: Tensor, num_clients: int, seed: int) -> list[Tensor]:
+    import datasets
+    import pyarrow as pa
+
     place = torch.randperm(len(labels), generator=generator(seed, "partition"))
-    table = pa.table({"label": labels.cpu()[place].numpy(), "place": place.numpy()})
+    table = pa.table({"label": labels[place].numpy(), "place": place.numpy()})
     partitioner = build()
     partitioner.dataset = datasets.Dataset(table).with_format("arrow")  # whole columns: row by row takes seconds
     with warnings.catch_warnings():
