@@ -52,6 +52,7 @@ from worlds import FEDSGD, assert_same, config, federate
 from experiments import app, cli, deploy, guard
 from experiments.config import ConfigError, compose
 from fedsim.client import client_app
+from fedsim.data import IID, load
 from fedsim.engines.deployment import Deployment
 from fedsim.engines.inline import InlineGrid
 from fedsim.run import RunError, RunFolder
@@ -454,6 +455,25 @@ def test_a_client_reads_its_own_data_whatever_the_servers_path(monkeypatch):
     with pytest.raises(ConfigError, match="this SuperNode has no data"):  # sentences would be drawn in place of the file's
         root(compose([app.ENGINE, "setting=text", "data.root=/etc/passwd"]))
     assert root(compose([app.ENGINE])) == "/mine/too"
+
+
+# What Flower starts for each message.
+BEGIN = """
+import json, sys
+from experiments import app
+from fedsim.setup import setup_of
+setup_of(json.loads(sys.argv[1]))
+print(*sorted({"datasets", "flwr_datasets", "matplotlib", "pandas", "scipy", "torchvision", "torch._dynamo"} & set(sys.modules)))
+"""
+
+
+def test_a_client_begins_without_what_takes_seconds_to_import(tmp_path, monkeypatch):
+    asked = config()
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path))
+    labels = load(**asked["data"], seed=asked["seed"]).train.labels
+    IID()(labels, asked["federation"]["clients"], asked["seed"])  # from a message before
+    command = [sys.executable, "-c", BEGIN, json.dumps(asked)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "\n"
 
 
 def test_a_client_builds_the_project_s_own_classes_only(tmp_path):
