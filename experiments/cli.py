@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.do(arguments)
     except KeyboardInterrupt:
-        ways = {_study: "the same command", _deploy: "`fedsim deploy --resume FOLDER`"}
-        on = ways.get(arguments.do, "`fedsim run --resume FOLDER`")
-        print(f"\nstopped; the folder is readable as it is, and {on} goes on", file=sys.stderr)
+        ways = {_run: "`fedsim run --resume FOLDER`", _deploy: "`fedsim deploy --resume FOLDER`", _study: "the same command"}
+        on = ways.get(arguments.do)
+        print("\nstopped" + (f"; the folder is readable as it is, and {on} goes on" if on else ""), file=sys.stderr)
         return 130
     except (ValueError, FileNotFoundError) as error:  # what the user can mend; anything else is a defect and shows its traceback
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -221,7 +221,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     for config in configs:
         runner.check_config(config)
-    with _place(configs, arguments.multirun) as base:
+    with _place(configs[0], "compare" if arguments.multirun else _defense_and_attack(configs[0])) as base:
         if arguments.multirun:
             if configs[0]["name"] and base.exists():
                 raise RunError(f"{base} exists already: choose another name=, or resume it with --resume {base}")
@@ -272,7 +272,7 @@ def _deploy(arguments: argparse.Namespace) -> int:
         nodes = 4 if arguments.nodes is None else arguments.nodes
         config = configured(arguments.overrides, nodes)
         runner.check_config(config)
-    with contextlib.nullcontext(path) if path else _place([config], False) as place:
+    with contextlib.nullcontext(path) if path else _place(config, _defense_and_attack(config)) as place:
         deploy(config, place, nodes, resume=path is not None)
     return _finish([RunFolder.open(place)], place / "figures")
 
@@ -496,18 +496,19 @@ def _invert(arguments: argparse.Namespace) -> int:
     from experiments import invert
     from experiments.progress import console
 
-    folder = arguments.out or invert.default_folder(config)
-    theft, files = invert.invert(
-        config,
-        folder,
-        arguments.command_line,
-        path=arguments.image,
-        index=arguments.index,
-        label=arguments.label,
-        log=not arguments.linear,
-        normalise=arguments.normalise,
-        mp4=arguments.mp4,
-    )
+    place = _place({**config, "name": None}, f"invert-{config['choices']['attack']}")
+    with contextlib.nullcontext(arguments.out) if arguments.out else place as folder:
+        theft, files = invert.invert(
+            config,
+            folder,
+            arguments.command_line,
+            path=arguments.image,
+            index=arguments.index,
+            label=arguments.label,
+            log=not arguments.linear,
+            normalise=arguments.normalise,
+            mp4=arguments.mp4,
+        )
     console.print(invert.summary(theft))
     if theft.made.trace is None:
         console.print(f"  {config['choices']['attack']} recorded no trace: no panels, no layers and no animation are drawn")
@@ -561,19 +562,22 @@ def _quiet() -> None:
     quiet()
 
 
+def _defense_and_attack(config: "Config") -> str:
+    return f"{config['choices']['defense']}-{config['choices']['attack']}"
+
+
 @contextlib.contextmanager
-def _place(configs: "list[Config]", multirun: bool) -> Iterator[Path]:
-    """The folder of a run, or of several. One that has no name is made here, so that of two that begin at once each has its own;
-    where a run is refused inside, no empty folder is left."""
+def _place(config: "Config", what: str) -> Iterator[Path]:
+    """The folder of a run, of several, or of a theft, by its name or by the time and `what` it is. One that has no name is made
+    here, so that of two that begin at once each has its own; where a run is refused inside, no empty folder is left."""
     import time
 
     from fedsim.run import RunError
 
-    out, chosen = Path(configs[0]["out"]), configs[0]["choices"]
-    if configs[0]["name"]:
-        yield out / configs[0]["name"]
+    out = Path(config["out"])
+    if config["name"]:
+        yield out / config["name"]
         return
-    what = "compare" if multirun else f"{chosen['defense']}-{chosen['attack']}"
     first = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{what}"
     names = itertools.chain([first], (f"{first}_again{i}" for i in itertools.count(2)))
     missing = [path for path in (out, *out.parents) if not path.exists()]

@@ -4,6 +4,7 @@ A choice is a YAML file in a group's folder: its first line says what it is, the
 A bad choice, setting or value is a `ConfigError`: one line that names it, the choices, and the nearest.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -98,9 +99,7 @@ def _choices_alone(config_name: str, chosen: tuple[str, ...]) -> tuple[Any, dict
 @functools.lru_cache(maxsize=1024)
 def _value_of(override: str) -> Any:
     """The value in a `key=value`, as Hydra reads it; to be read only."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    (parsed,) = OverridesParser.create().parse_overrides([override])
+    parsed = _parsed(override)
     if parsed.is_sweep_override():
         key, value = override.split("=", 1)
         ways = f"write {key}=[{value}] for one list, {key}='{value}' for a text, or add -m to run them all and compare"
@@ -108,15 +107,29 @@ def _value_of(override: str) -> Any:
     return parsed.value()
 
 
-def sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """The product of all `key=a,b,c` overrides, one list of overrides for each run; `key=[a,b]` is one value, a list."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+FOLDERS = ("data.root", "out", "name")
+
+
+def _parsed(override: str) -> Any:
+    """An override as Hydra reads it. A folder is taken as it was typed where Hydra's grammar has no place for ~, (, or quotes."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    key, _, value = override.partition("=")
+    typed = "'" + value.replace("'", r"\'") + "'"
+    for one in (override, f"{key}={typed}") if key in FOLDERS else (override,):
+        with contextlib.suppress(HydraException):
+            return OverridesParser.create().parse_overrides([one])[0]
+    raise ConfigError(f'{override!r} cannot be read as a setting: put its value in quotes of its own, as in "{key}={typed}"')
+
+
+def sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """The product of all `key=a,b,c` overrides, one list of overrides for each run; `key=[a,b]` is one value, a list."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.errors import HydraException
+
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-        (runs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        (runs,) = BasicSweeper.split_arguments([_parsed(one) for one in overrides], max_batch_size=None)
     except HydraException as error:
         raise ConfigError(" ".join(str(error).split())) from None
     return [list(run) for run in runs]

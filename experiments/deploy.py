@@ -274,6 +274,7 @@ class Loopback:
 def deploy(config: Config, path: Path, nodes: int, *, resume: bool = False) -> None:
     """Runs `config` into the folder at `path` on a deployment of its own, and prints how it goes."""
     from experiments.progress import console
+    from experiments.runner import finished
     from fedsim.run import RunError, RunFolder
 
     path = path.absolute()
@@ -291,8 +292,7 @@ def deploy(config: Config, path: Path, nodes: int, *, resume: bool = False) -> N
             printed.append(line)
             if is_ours(printed):
                 console.print(line, markup=False)
-        checkpoint = RunFolder(path).checkpoint()
-        if checkpoint is None or checkpoint.round < config["rounds"]:
+        if not finished(RunFolder(path)):  # `flwr run` ends well however the run ended
             raise FederationError(reason(printed))
 
 

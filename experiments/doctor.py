@@ -1,10 +1,11 @@
 """`fedsim doctor`: is this installation sound, and if not, what cures it."""
 
-import importlib
+import importlib.util
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 PASS, WARN, FAIL = "ok", "note", "FAIL"
@@ -23,6 +24,7 @@ def examine() -> int:
         ("torch", _torch),
         ("torchvision", _torchvision),
         ("cuda", _cuda),
+        ("kornia", _kornia),
         ("flower", _flower),
         ("ray", _ray),
         ("data", _data),
@@ -69,6 +71,12 @@ def _torchvision() -> Finding:
             "torch and torchvision come from different builds: pip install --force-reinstall torch torchvision, both from one index"
         )
         return FAIL, str(error).splitlines()[0], cure
+
+
+def _kornia() -> Finding:
+    if importlib.util.find_spec("kornia") is None:  # as after an update of a clone
+        return FAIL, "not installed: what an attack finds is not scored", "install fedsim again: pip install -e ."
+    return PASS, version("kornia"), ""
 
 
 def _cuda() -> Finding:

@@ -12,17 +12,19 @@ What `invert` leaves in its folder:
     comparison, panels, layers, kernels, surfaces    figures, PNG and SVG; animation.gif, .webp, .mp4
 """
 
+import contextlib
 import dataclasses
 import json
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from rich import box
 from rich.table import Table
 from safetensors.torch import save_file
@@ -176,37 +178,64 @@ def invert(
     """Steals one image and writes all there is to see of it into `folder`; returns the theft and the files to look at."""
     if not config["attack"]:
         raise ValueError("attack=none attacks nothing; see `fedsim list attacks`")
+    with _alone(folder):
+        animations = [".gif", ".webp", *([".mp4"] if mp4 else [])]
+        for suffix in animations:
+            pictures.check_animation(suffix)
+        check_config(config)
+        config = completed(config, path)
+        setup, image, truth = prepare(config, path, index, label)
+        # One theft is drawn: that of an attacker who knows the defense only if asked for, and if knowing it changes anything.
+        who = "adaptive" if config["attacker"] == "adaptive" else "naive"
+        (attacker,) = attackers(setup, attack_of(config), config["choices"]["attack"], who)
+        theft = steal(setup, image, truth, attacker.attack, adaptive=attacker.adaptive)
+        _artefacts(theft, folder)
+        files = draw(theft, folder, animations, log=log, normalise=normalise)
+        about: dict[str, Any] = {
+            "scores": theft.rows,
+            "attacker": "adaptive" if attacker.adaptive else "naive",
+            "found_by": theft.made.attack or attacker.name,
+            "bars": {name: bool(rate.passed) for name, rate in metrics.success_rates(pd.DataFrame(theft.rows)).items()},
+            "victim": {"image": None if path is None else str(path), "index": index, "label": theft.label.tolist()},
+            "bytes_sent": sum(map(nbytes, theft.seen.packets.values())),
+            "config": config,
+            "environment": environment(setup, command),
+        }
+        if theft.made.trace is not None:
+            rank = pictures.agreement(theft.made.trace, theft.image[0].cpu())
+            about["spearman_loss_mse"] = None if math.isnan(rank) else rank
+        # Last: it marks a finished folder.
+        write_bytes(folder / "metrics.json", (json.dumps(_finite(about), indent=2) + "\n").encode())
+        return theft, [*files, folder / "metrics.json"]
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Inside, the folder is there and empty, and no other process steals into it. Raises ValueError where that cannot be.
+
+    It is claimed before the long work. Where nothing came of that, no folder is left that was not there.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name a new folder with -o")
-    if folder.is_dir() and (inside := sorted(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty, it holds {inside[0].name}: name a new folder with -o")
-    animations = [".gif", ".webp", *([".mp4"] if mp4 else [])]
-    for suffix in animations:
-        pictures.check_animation(suffix)
-    check_config(config)
-    config = completed(config, path)
-    setup, image, truth = prepare(config, path, index, label)
-    # One theft is drawn: that of an attacker who knows the defense only if asked for, and if knowing it changes anything.
-    who = "adaptive" if config["attacker"] == "adaptive" else "naive"
-    (attacker,) = attackers(setup, attack_of(config), config["choices"]["attack"], who)
-    theft = steal(setup, image, truth, attacker.attack, adaptive=attacker.adaptive)
-    _artefacts(theft, folder)
-    files = draw(theft, folder, animations, log=log, normalise=normalise)
-    about: dict[str, Any] = {
-        "scores": theft.rows,
-        "attacker": "adaptive" if attacker.adaptive else "naive",
-        "found_by": theft.made.attack or attacker.name,
-        "bars": {name: bool(rate.passed) for name, rate in metrics.success_rates(pd.DataFrame(theft.rows)).items()},
-        "victim": {"image": None if path is None else str(path), "index": index, "label": theft.label.tolist()},
-        "bytes_sent": sum(map(nbytes, theft.seen.packets.values())),
-        "config": config,
-        "environment": environment(setup, command),
-    }
-    if theft.made.trace is not None:
-        rank = pictures.agreement(theft.made.trace, theft.image[0].cpu())
-        about["spearman_loss_mse"] = None if math.isnan(rank) else rank
-    write_bytes(folder / "metrics.json", (json.dumps(_finite(about), indent=2) + "\n").encode())  # last: it marks a finished folder
-    return theft, [*files, folder / "metrics.json"]
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if inside := sorted(set(os.listdir(folder)) - {".lock"}):
+            raise ValueError(f"{folder} is not empty, it holds {inside[0]}: name a new folder with -o")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process steals into {folder}: name a new folder with -o") from None
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}; name another folder with -o") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):  # something is in it
+            for path in missing:
+                path.rmdir()
 
 
 def draw(theft: Theft, folder: Path, animations: Sequence[str], *, log: bool = True, normalise: bool = False) -> list[Path]:
@@ -317,8 +346,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
-
-
-def default_folder(config: Config) -> Path:
-    """Where a theft goes when nothing is said: below the folder of runs, named by time and attack."""
-    return Path(config["out"]) / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_invert-{config['choices']['attack']}"

@@ -72,6 +72,8 @@ def check_config(config: Config, *, files: bool = True) -> None:
         build_checked("tracker", config["tracker"])
     _check_tap(build_checked("tap", config["tap"]), config)
     attack = attack_of(config)
+    if config["data"].get("side") is not None:
+        whole("data.side", config["data"]["side"], 8, 512)
     check_reads(attack, config["choices"]["attack"], config)
     if attack is None and config["choices"]["attack"] != "none":
         raise ValueError(f"attack {config['choices']['attack']!r} names no _target_")
@@ -86,10 +88,6 @@ def check_config(config: Config, *, files: bool = True) -> None:
     for size in ("train_size", "test_size"):
         if data.get(size) is not None:
             whole(f"data.{size}", data[size])
-    if data.get("side") is not None:
-        whole("data.side", data["side"], 8, 512)
-        if attack is not None and data["side"] < WINDOW:
-            raise ConfigError(f"data.side must be at least {WINDOW}, SSIM's window, for an attack to be scored, got {data['side']}")
     model = _network(config).train(config["federation"].get("train_mode", True))
     check_model(build_checked("defense", config["defense"]), model)
     _check_batch(model, config)
@@ -153,11 +151,14 @@ def _check_tap(tap: Tap, config: Config) -> None:
 
 
 def check_reads(attack: Any, name: str, config: Config) -> None:
-    """Raises ValueError for an attack on images in a run on text, or the other way round; an attack on text says `reads`."""
+    """Raises ValueError for an attack on images in a run on text, or the other way round; an attack on text says `reads`. And
+    ConfigError where images are too small for what an attack makes of them to be scored."""
     data = "text" if config["data"]["name"] == "text" else "images"
     if attack is not None and (reads := getattr(attack, "reads", "images")) != data:
         other = "tag or attack=dager, with model=bert_tiny" if data == "text" else "dlg"
         raise ValueError(f"attack={name} reconstructs {reads}, but data={config['data']['name']} is {data}: take attack={other}")
+    if attack is not None and data == "images" and (side := config["data"].get("side")) is not None and side < WINDOW:
+        raise ConfigError(f"data.side must be at least {WINDOW}, SSIM's window, for an attack to be scored, got {side}")
 
 
 def attack_of(config: Config) -> Any:
@@ -511,6 +512,8 @@ def show_card(setup: Setup, config: Config) -> None:
     engine = build_checked("engine", config["engine"])
     if isinstance(engine, Inline):
         console.print(f"  {'clients train':14s} {cohort_of(setup, engine.vectorized)[1]}", style="dim")
+    if config["data"]["name"] == "synthetic" and config["data"].get("root"):
+        console.print(f"  {'data.root':14s} is not read: data=synthetic draws its images; add data=cifar10, say", style="yellow")
     if attack is not None:
         for grade, why in obstacles(setup, attack):
             console.print(f"  {grade + ' attack':16s} {why}", style="yellow")

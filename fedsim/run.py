@@ -141,7 +141,7 @@ class RunFolder:
         return config
 
     def setup(self) -> Setup:
-        """The setup of the run's configuration. Raises RunError where its data is not what it was when the run began."""
+        """The setup of the run's configuration. Raises RunError where its data or shards are not those that the run began with."""
         setup, path = setup_of(self.config), self.path / "environment.json"
         told = _read(read_json, path).get("data") if path.exists() else None  # folders of earlier versions do not tell
         if told not in (None, setup.dataset.fingerprint):
@@ -151,6 +151,12 @@ class RunFolder:
             else:
                 now, way_out = f"{data.get('root') or '$FEDSIM_DATA'} holds now", "name what it had with data.root or $FEDSIM_DATA"
             raise RunError(f"{self.path} was run on other data than {now}: {way_out}")
+        shards = self.path / "partition.safetensors"
+        if shards.exists() and not _flaw(read_tensors, shards):  # a damaged one is made again by who goes on with the run
+            kept = list(_load(shards)[0].values())
+            if len(kept) != len(setup.shards) or not all(map(torch.equal, kept, setup.shards)):
+                way_out = f"take the partition that it was run with, and flwr-datasets, numpy and torch as in {path}"
+                raise RunError(f"{self.path} was run on other shards of its data than are dealt now: {way_out}")
         return setup
 
     def attacks_made(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The `fedsim` command as its users meet it: what it prints, what it writes, and what its exit code is."""
 
 import csv
+import importlib.util
 import io
 import json
 import math
@@ -363,6 +364,49 @@ def test_a_folder_that_holds_anything_is_not_stolen_into(name, tmp_path, capsys)
     assert (tmp_path / name).read_text() == "{}"
 
 
+def test_a_folder_is_one_theft_s_alone_from_its_beginning(tmp_path, capsys, monkeypatch):
+    steal, said = invert.steal, []
+
+    def stolen(*arguments, **more):
+        said.append((fedsim("invert", "--index", 4, *THEFT, "-o", tmp_path / "theft"), capsys.readouterr().err))
+        return steal(*arguments, **more)
+
+    monkeypatch.setattr(invert, "steal", stolen)
+    assert fedsim("invert", "--index", 3, *THEFT, "-o", tmp_path / "theft") == 0
+    assert said == [(2, f"error: another process steals into {tmp_path / 'theft'}: name a new folder with -o\n")]
+    assert json.loads((tmp_path / "theft" / "metrics.json").read_text())["victim"]["index"] == 3
+    assert not (tmp_path / "theft" / ".lock").exists()
+
+
+def test_a_theft_that_cannot_be_written_or_is_stopped_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(invert, "steal", stopped)
+    (tmp_path / "file").touch()
+    assert fedsim("invert", "--index", 3, *THEFT, "-o", tmp_path / "file" / "theft") == 2
+    assert f"cannot write to {tmp_path / 'file' / 'theft'}: Not a directory; name another folder with -o" in capsys.readouterr().err
+    for where in (["-o", tmp_path / "a" / "b"], [f"out={tmp_path / 'c'}"]):
+        assert fedsim("invert", "--index", 3, *THEFT, *where) == 130
+        assert capsys.readouterr().err == "\nstopped\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_thefts_of_one_second_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda *_: "now")
+    for _ in range(2):
+        assert fedsim("invert", "--index", 3, *THEFT, f"out={tmp_path}") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"now_invert-idlg", "now_invert-idlg_again2"}
+
+
+def test_images_too_small_to_be_scored_are_not_attacked_later_either(tmp_path, capsys):
+    small = ["data.side=8", "attack=none", "tap.every=null", "tap.rounds=[1]", f"out={tmp_path}", "name=small"]
+    assert fedsim("run", *(word for word in TINY if not word.startswith(("attack.", "tap."))), *small) == 0
+    assert fedsim("attack", tmp_path / "small", "attack=idlg") == 2
+    assert "data.side must be at least 11, SSIM's window, for an attack to be scored, got 8" in capsys.readouterr().err
+    assert not (tmp_path / "small" / "leaks.parquet").exists()
+
+
 def test_pixels_of_sixteen_bits_are_read_and_those_without_a_white_refused(tmp_path):
     ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
@@ -507,6 +551,13 @@ def test_the_doctor_names_the_cure_of_a_broken_torchvision(tmp_path):
     )
     assert "operator torchvision::nms does not exist" in line
     assert "pip install --force-reinstall torch torchvision" in cure
+
+
+def test_the_doctor_misses_what_scores_are_made_by(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "kornia" else find(name))
+    assert fedsim("doctor") == 1
+    assert "FAIL  kornia       not installed: what an attack finds is not scored" in capsys.readouterr().out
 
 
 def test_a_federation_that_cannot_go_on_is_one_line_and_says_how_to_resume(tmp_path, capsys, monkeypatch):

@@ -124,6 +124,17 @@ def test_a_defense_in_the_model_is_a_choice_among_the_others():
     assert cells[2]["defense"] == cells[0]["defense"]
 
 
+@pytest.mark.parametrize("folder", ["~/data", "/tmp/d(1)", "/tmp/it's", "~/it's [here] {there}", "/plain/one", "with some space"])
+def test_a_folder_is_taken_as_it_was_typed(folder):
+    for key in ("data.root", "out", "name"):
+        alone, swept = compose([f"{key}={folder}"]), [compose(one) for one in sweep([f"{key}={folder}", "seed=1,2"])]
+        for config in (alone, *swept):
+            assert (config["data"]["root"] if key == "data.root" else config[key]) == folder
+        assert [config["seed"] for config in swept] == [1, 2]
+    quoted = compose(["data.root='~/data, the second'"])
+    assert quoted["data"]["root"] == "~/data, the second"
+
+
 def test_a_sweep_is_the_product_of_all_lists():
     cells = sweep(["defense=none,topk", "seed=0,1", "tap.clients=[1,2]"])
     assert cells == [[f"defense={d}", f"seed={s}", "tap.clients=[1,2]"] for d in ("none", "topk") for s in (0, 1)]
@@ -205,6 +216,7 @@ WRONG = [
     (["strategy=fedadam", "strategy.eta=x"], "strategy.eta must be a number, got 'x'"),
     (["strategy=krum", "strategy.num_malicious_nodes=few"], "strategy.num_malicious_nodes must be a number, got 'few'"),
     (["attack.restarts=0"], "restarts must be"),
+    (["federation.lr=0.1("], "'federation.lr=0.1(' cannot be read as a setting: put its value in quotes of its own, as in"),
     (["attack.evaluations=x"], "attack.evaluations must be a number, got 'x'"),
     (["engine.workers=0"], "engine.workers must be a whole number >= 1, got 0"),
     (["defense._target_=defenses.TopQ"], "defenses.TopQ"),

@@ -198,6 +198,29 @@ def test_a_download_that_fails_is_one_clear_line(tmp_path, monkeypatch):
         load("cifar10", tmp_path, download=True)
 
 
+def test_a_download_that_was_broken_off_is_finished_by_the_next(tmp_path, monkeypatch):
+    splits, asked = sources.Torchvision.splits, []
+
+    def served(self, *, download):
+        asked.append(download)
+        if download:
+            (tmp_path / "cifar-10-batches-py").rmdir()
+            write_torchvision(tmp_path, monkeypatch)
+        return splits(self, download=False)
+
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(
+        DataNotFound, match=r"^cifar10 under .* is incomplete or damaged: .*; set data.download=true to fetch"
+    ) as told:
+        load("cifar10", tmp_path)
+    assert "download=True" not in str(told.value)
+    monkeypatch.setattr(sources.Torchvision, "splits", served)
+    assert_is_what_was_written(load("cifar10", tmp_path, download=True))
+    assert asked == [False, True, False]
+    assert_is_what_was_written(load("cifar10", tmp_path, download=True))
+    assert asked == [False, True, False], "it is kept as what the whole files hold"
+
+
 def test_files_that_hold_something_else_are_refused(tmp_path):
     write_parquet(tmp_path / "a", side=28)
     with pytest.raises(ValueError, match="cifar10 has images of 32x32, but image 0 of cifar10 train is 28x28"):

@@ -4,6 +4,7 @@ In its second round the third SuperNode is killed. Meanwhile strangers knock, an
 A second federation, with secure aggregation, is killed as a whole and resumed.
 """
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -23,6 +24,7 @@ import tempfile
 import threading
 import time
 import tomllib
+import types
 import zipfile
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +51,7 @@ from safetensors import safe_open
 from test_run import tensors
 from worlds import FEDSGD, assert_same, config, federate
 
-from experiments import app, cli, deploy, guard
+from experiments import app, cli, deploy, guard, runner
 from experiments.config import ConfigError, compose
 from fedsim.client import client_app
 from fedsim.data import IID, load
@@ -630,6 +632,16 @@ def test_a_traceback_is_told_in_one_line_and_what_the_run_prints_is_shown():
     lines = ["INFO :      Start", *shown[:2], *told, "", shown[2], "An unhandled exception occurred in the ServerApp."]
     assert [lines[i] for i in range(len(lines)) if deploy.is_ours(lines[: i + 1])] == shown
     assert deploy.reason(lines) == "no reply: why"
+
+
+def test_a_server_that_ends_with_its_rounds_done_and_its_attack_not_made_is_no_success(monkeypatch, capsys, tmp_path):
+    words = [*SETTINGS, "attack=idlg", "attack.evaluations=3", "federation.clients=2", f"out={tmp_path}", "name=full"]
+    asked = deploy.configured(words, 2)
+    runner.start(asked | {"engine": compose(["engine.workers=1"])["engine"]}, tmp_path / "full", "a test", attack=False)
+    up = types.SimpleNamespace(run=lambda told: ["Traceback (most recent call last):", "  raise", "OSError: no space left"])
+    monkeypatch.setattr(deploy.Loopback, "of", lambda *_: contextlib.nullcontext(up))
+    assert cli.main(["deploy", "--resume", str(tmp_path / "full")]) == 1
+    assert "stopped: no space left; what was finished is kept, and `fedsim deploy --resume" in capsys.readouterr().err
 
 
 def test_a_missing_command_is_named(monkeypatch, capsys, tmp_path):

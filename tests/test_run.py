@@ -372,6 +372,23 @@ def test_other_data_than_a_run_was_made_from_is_noticed(tmp_path):
     assert folder.setup() is not None
 
 
+def test_other_shards_than_a_run_was_made_with_are_noticed(tmp_path):
+    config = compose(
+        ["data.train_size=41", "data.test_size=13", "federation.clients=3", "federation.per_round=2", "rounds=1", "attack=none"]
+    )
+    folder = runner.start(config, tmp_path / "run", "a test")
+    shards = folder.setup().shards
+    for others in (shards[::-1], shards[:2], [shards[0], shards[1], shards[2][:-1]]):
+        folder.save_partition(others)
+        for use in (RunFolder.setup, runner.resume, lambda folder: runner.attack_again(folder, dlg(evaluations=1), "dlg")):
+            with pytest.raises(
+                RunError, match="was run on other shards of its data than are dealt now: take the partition that it"
+            ):
+                use(folder)
+    folder.save_partition(shards)
+    assert folder.setup() is not None
+
+
 def test_a_folder_without_a_run_says_so(tmp_path):
     for look in (RunFolder.open, lambda path: iterate([path])):
         with pytest.raises(RunError, match=r"config\.json"):

@@ -99,17 +99,27 @@ def load(
         source = _download(name, _root(root))
     if source is None:
         raise _not_found(name, _root(root))
-    path = cache.path_of(name, source.key())
-    dataset = cache.read(path)
-    if dataset is None:
-        dataset = source.read(progress)
-        cache.write(path, dataset)
+    dataset = _whole(source, progress, download=download)
     dataset = replace(
         dataset,
         train=_subset(dataset.train, train_size, seed, "train"),
         test=_subset(dataset.test, test_size, seed, "test"),
     )
     return _resized(dataset, side, progress)
+
+
+def _whole(source: "Source", progress: bool, *, download: bool) -> Dataset:
+    """What the files hold, decoded once. `download` fetches what an earlier download, broken off, has left out."""
+    dataset = cache.read(cache.path_of(source.name, source.key()))
+    if dataset is None:
+        try:
+            dataset = source.read(progress)
+        except DataNotFound:
+            if not download or not isinstance(source, Torchvision):
+                raise
+            dataset = _download(source.name, source.root).read(progress)
+        cache.write(cache.path_of(source.name, source.key()), dataset)
+    return dataset
 
 
 def check(name: str, root: str | Path | None = None, *, download: bool = False) -> None:
@@ -202,7 +212,9 @@ class Torchvision:
         try:
             train, test = self.splits(download=False)
         except (RuntimeError, EOFError, OSError) as error:
-            raise DataNotFound(f"{self.name} under {self.root} is incomplete or damaged: {_one_line(error)}") from error
+            says = _one_line(error).removesuffix("You can use download=True to download it").rstrip(" .")
+            way_out = "set data.download=true to fetch what is missing"
+            raise DataNotFound(f"{self.name} under {self.root} is incomplete or damaged: {says}; {way_out}") from error
         classes = tuple(getattr(train, "classes", None) or map(str, range(KNOWN[self.name].num_classes)))
         return _dataset(self.name, self.root, self.images(train), self.images(test), classes)
 
