@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from attacks.batching import alike, streams
-from attacks.evidence import believed, completed, gradient_of, size_of, views
+from attacks.evidence import believed, completed, gradient_of, sent_entries, size_of, views
 from attacks.factored import Factored, gradients_of
 from attacks.hidden_noise import as_buffers, hidden_noises, in_front_of_noise, sampled
 from attacks.labels import labels_behind
@@ -366,6 +366,7 @@ class Problems:
     training  how a candidate is trained on, as settings of `local_update`
     beliefs   of an attacker who knows the defense, what is possible in place of `target`, of tensors that are not known exactly
     rescaled  whether candidates are brought to the observed length before that: where the defense hides it, and the gap ignores it
+    sent      of tensors of which a part was sent, 1 at its entries and 0 at others; that length is of the entries that were sent
     """
 
     attack: GradientMatching
@@ -379,6 +380,7 @@ class Problems:
     training: dict[str, Any]
     beliefs: dict[str, Belief]
     rescaled: bool = False
+    sent: dict[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None  # (V, copies * n), or probabilities with K beside; None when they are optimised too
     stopped: threading.Event | None = None  # set when nobody waits for the result any more
 
@@ -390,6 +392,7 @@ class Problems:
         self._rows: Tensor | None = None
         self._gathered: tuple[dict[str, Tensor], dict[str, Tensor], Observed] = {}, {}, Observed()
         self._possible: dict[str, Belief] = {}
+        self._sent: dict[str, Tensor] = {}
         channels = self.image_shape[0]
         self._filters = torch.randn(64, channels, 5, 5, generator=generator(0, "agreement")).to(self.device, self.dtype)
 
@@ -435,6 +438,7 @@ class Problems:
                 for name in matched
                 if not all(b[name].is_exact for b in every)
             }
+        masks = {name: [sent_entries(one, name) for one in seen] for name in beliefs}
         return cls(
             attack=attack,
             plan=plan,
@@ -444,6 +448,11 @@ class Problems:
             target={name: target[name] for name in matched},
             beliefs=beliefs,
             rescaled=attack.gap.scale_free and getattr(known.defense, "rescales", False),
+            sent={
+                name: torch.stack([torch.ones_like(t) if m is None else m.to(t) for m, t in zip(of, target[name], strict=True)])
+                for name, of in masks.items()
+                if any(m is not None for m in of)
+            },
             image_shape=known.image_shape,
             num_classes=known.num_classes,
             training=training,
@@ -460,6 +469,7 @@ class Problems:
             buffers=buffers,
             target=target,
             beliefs={n: _each(b, lambda t: t[seen]) for n, b in self.beliefs.items()},
+            sent={n: t[seen] for n, t in self.sent.items()},
             labels=None if self.labels is None else self.labels[rows],
             stopped=stopped,
         )
@@ -518,11 +528,13 @@ class Problems:
 
     def enough(self, points: Tensor, chunk: int) -> Tensor:
         """(V,) the gap up to which a point of each problem (V, D) explains what was sent: the tolerance, and no more than a part of
-        what noise from U(0, 1), always the same, leaves in the place of its images. Where noise does as well, nothing was seen."""
-        images = torch.rand(points.shape[0], self.pixels, generator=generator(0, "noise"))
+        what noise from U(0, 1), always the same, leaves in the place of its images. Where noise does as well, nothing was seen, and
+        no gap is small enough: -1."""
+        images = torch.rand(self.pixels, generator=generator(0, "noise")).expand(len(points), -1)
         noise = torch.cat([images.to(points), points[:, self.pixels :]], 1)
         unseen = in_chunks(self.gaps, noise, torch.arange(len(points), device=points.device), chunk)
-        return torch.fmin(self.attack.tolerance * self.unit, SEES * unseen)  # noise may leave no number
+        bar = torch.fmin(self.attack.tolerance * self.unit, SEES * unseen)  # noise may leave no number
+        return torch.where(unseen == 0, -1.0, bar)
 
     def blocks(self) -> Tensor:
         """(copies * n, D) bool: the unknowns of each image, its label's logits among them."""
@@ -645,10 +657,10 @@ class Problems:
             return candidates, observed
         if self.rescaled:
             candidates = {name: candidates[name] for name in observed}
-            ours = squared_norm(candidates)
+            ours = squared_norm({n: _whole(t) * self._sent[n] if n in self._sent else t for n, t in candidates.items()})
             factors = squared_norm(observed).sqrt() * ours.clamp(min=torch.finfo(ours.dtype).tiny).rsqrt()
             candidates = {name: scaled(t, factors) for name, t in candidates.items()}
-        dense = {n: t.dense()[None] if isinstance(t := candidates[n], Factored) else t for n in self._possible}
+        dense = {n: _whole(candidates[n]) for n in self._possible}
         return {**candidates, **dense}, {**observed, **completed(dense, self._possible)}
 
     def _disagreement(self, images: Tensor) -> Tensor:
@@ -711,6 +723,7 @@ class Problems:
             )
             self._gathered = params, buffers, Observed(target)
             self._possible = {n: _each(b, lambda t: place(t[rows])) for n, b in self.beliefs.items()}
+            self._sent = {n: place(t[rows]) for n, t in self.sent.items()}
         return self._gathered
 
     def chunk(self, point: Tensor, optimizer: Optimizer) -> int:
@@ -733,6 +746,10 @@ class Problems:
 
 def _parts(kind: type) -> list[str]:
     return [field.name for field in fields(kind)]
+
+
+def _whole(one: Tensor | Factored) -> Tensor:
+    return one.dense()[None] if isinstance(one, Factored) else one
 
 
 def _each(belief: Belief, change: Callable[[Tensor], Tensor]) -> Belief:

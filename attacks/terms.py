@@ -176,9 +176,15 @@ class TotalVariation:
 
     def __call__(self, images: Tensor) -> Tensor:
         images = (2 * images - 1).abs() if self.reflected else images
-        down = (images[..., 1:, :] - images[..., :-1, :]).abs().flatten(1).mean(1)
-        across = (images[..., 1:] - images[..., :-1]).abs().flatten(1).mean(1)
-        return self.weight * (down + across)
+        return self.weight * total_variation(images)
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring pixels, across plus down, (N,); 0 in a direction without neighbours."""
+    down, across = (
+        step.abs().flatten(1).sum(1) / max(1, step.shape[1:].numel()) for step in (images.diff(dim=-2), images.diff(dim=-1))
+    )
+    return down + across
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from attacks.batching import streams
 from attacks.evidence import views
 from attacks.labels import labels_at
 from attacks.metrics import match
+from attacks.terms import total_variation
 from fedsim.defense import Mixing, Reversible
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction
 
@@ -188,8 +189,7 @@ def _unlikely(weights: Tensor, z: Tensor) -> Tensor:
     if size < SINGULAR:
         return torch.full_like(size, torch.inf)
     x = torch.einsum("ij,jchw->ichw", torch.linalg.inv(weights), z.double())
-    steps = (x[..., 1:, :] - x[..., :-1, :]).abs().flatten(1).mean(1) + (x[..., 1:] - x[..., :-1]).abs().flatten(1).mean(1)
-    return size.log() + steps.log().sum()
+    return size.log() + total_variation(x).log().sum()
 
 
 def _solved(weights: Tensor, z: Tensor) -> Tensor:

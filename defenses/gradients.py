@@ -148,22 +148,26 @@ class OutPost(Untouched):
         chance = 1 / (1 + self.decay * step)
         if float(torch.rand((), generator=rng)) >= chance:
             return loss, found
-        return loss, {name: self._perturbed(g, params[name], self._bar(found), rng) for name, g in found.items()}
+        largest = self._largest(found)
+        return loss, {name: self._perturbed(g, params[name], largest[name], rng) for name, g in found.items()}
 
-    def _bar(self, found: Update) -> float:
-        """The magnitude above which an entry is among the `protect` largest: squares have the same order."""
+    def _largest(self, found: Update) -> dict[str, Tensor]:
+        """Which entries (bool) are among the `protect` largest of all: squares have the same order. Of equal ones, such as the many
+        zeros that ReLU makes, the first."""
         every = torch.cat([g.abs().flatten() for g in found.values()])
-        kept = round(self.protect * every.numel())
-        return float(every.topk(kept).values[-1]) if kept else math.inf
+        order = every.argsort(descending=True, stable=True)[: round(self.protect * every.numel())]
+        chosen = torch.zeros_like(every, dtype=torch.bool).index_fill(0, order, True)
+        parts = chosen.split([g.numel() for g in found.values()])
+        return {name: part.reshape(g.shape) for (name, g), part in zip(found.items(), parts, strict=True)}
 
-    def _perturbed(self, gradient: Tensor, weights: Tensor, bar: float, rng: torch.Generator) -> Tensor:
+    def _perturbed(self, gradient: Tensor, weights: Tensor, largest: Tensor, rng: torch.Generator) -> Tensor:
         risk = min(1.0, float(weights.var())) if weights.numel() > 1 else 1.0
         noise = self.noise * risk * torch.randn(gradient.shape, generator=rng).to(gradient.device)
         smallest = gradient.abs().flatten().argsort()[: round(self.prune * gradient.numel())]
         pruned = gradient.flatten().index_fill(0, smallest, 0.0).reshape(gradient.shape)
-        return torch.where(gradient.abs() >= bar, pruned + noise, pruned)
+        return torch.where(largest, pruned + noise, pruned)
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
         """Zeros were pruned and say nothing; any other entry may have noise of mean zero."""
-        everywhere = {name: _unknown(b, torch.ones_like(b.value, dtype=torch.bool)) for name, b in beliefs.items()}
-        return {name: replace(b, weight=beliefs[name].weight * (b.value != 0)) for name, b in everywhere.items()}
+        opened = {name: belief.unbounded(packets[name].sent()) for name, belief in beliefs.items()}
+        return {name: replace(belief, weight=belief.weight * (belief.value != 0)) for name, belief in opened.items()}

@@ -63,17 +63,20 @@ class Clip:
         longest = norm({name: torch.maximum(b.low.abs(), b.high.abs()) for name, b in beliefs.items()})
         if float(longest) < self.clip * (1 - 1e-5):  # what was clipped is as long as `clip`, up to float32
             return dict(beliefs)
-        return {name: _grown(belief) for name, belief in beliefs.items()}
+        return {name: _grown(belief, packets[name].sent()) for name, belief in beliefs.items()}
 
 
-def _grown(belief: Belief) -> Belief:
+def _grown(belief: Belief, sent: Tensor) -> Belief:
     """Of a tensor that is the one believed in, times an unknown factor >= 1. A hair's breadth is left for float32."""
-    return replace(belief, low=_least(belief.low), high=-_least(-belief.high))
+    return belief.widened(_least(belief.low), -_least(-belief.high), sent)
+
+
+HAIR = 1e-20  # what shrank to nothing in float32 was smaller, unless it shrank to less than 1e-25 of itself
 
 
 def _least(low: Tensor) -> Tensor:
     """No more than a number that was no smaller than `low` after it shrank: below float32's normal range only its sign is left."""
-    rounded = torch.where(low > 0, torch.zeros_like(low), -math.inf)
+    rounded = torch.where(low > 0, 0.0, torch.where(low == 0, -HAIR, -math.inf)).to(low)
     return torch.where(low >= torch.finfo(torch.float32).tiny, low * (1 - 1e-5), rounded)
 
 
@@ -155,7 +158,7 @@ class DPFedAvg:
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
         """Nothing is certain any more; the values are the clipped update's on average."""
-        return _unbounded(beliefs) if _noise(self) else Clip(self.clip).explain(packets, beliefs)
+        return _unbounded(packets, beliefs) if _noise(self) else Clip(self.clip).explain(packets, beliefs)
 
     def guarantee(self, exposures: Sequence[Exposure]) -> Guarantee | None:
         """Of a client, towards the reader of its messages."""
@@ -220,7 +223,7 @@ class DPSGD(Untouched):
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
         """Nothing is certain any more; the values are the mean of the clipped gradients on average."""
-        return _unbounded(beliefs)
+        return _unbounded(packets, beliefs)
 
     def guarantee(self, exposures: Sequence[Exposure]) -> Guarantee | None:
         """Of an example, towards the reader of its client's messages."""
@@ -270,8 +273,5 @@ def clipped_sum(
     return total, torch.cat(losses)
 
 
-def _unbounded(beliefs: Mapping[str, Belief]) -> Beliefs:
-    return {
-        name: replace(b, low=torch.full_like(b.low, -math.inf), high=torch.full_like(b.high, math.inf))
-        for name, b in beliefs.items()
-    }
+def _unbounded(packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
+    return {name: belief.unbounded(packets[name].sent()) for name, belief in beliefs.items()}

@@ -34,6 +34,9 @@ def obstacle(setup: Setup) -> str | None:
         return "BatchNorm in training mode writes statistics of each client's own: federation.train_mode=false, or another model"
     if draws(model, batch[0]):
         return "the model draws at random, for one client at a time"
+    with torch.no_grad():
+        if isinstance(model(batch[0]), tuple):  # as PRECODE's in eval mode, which draws nothing
+            return "the model adds a penalty, a mean over its batch, in which images that fill it up would count"
     if hooks_of(setup.defense, setup.dataset.num_classes, setup.seed, 1, 0).gradients:
         return f"{setup.defense!r} computes gradients of its own"
     return None

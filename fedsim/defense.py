@@ -203,13 +203,24 @@ class Belief:
         return torch.equal(self.low, self.value) and torch.equal(self.high, self.value) and bool((self.weight == 1).all())
 
     def rounded(self, low: Tensor, high: Tensor) -> "Belief":
-        """Of an entry that was rounded to what this says: the bounds are `low` and `high`, within which `value` tells nothing."""
-        return Belief(self.value, low, high, torch.zeros_like(self.weight))
+        """Of an entry that was rounded to what this says: the bounds are `low` and `high`, within which `value` tells nothing. What
+        it told it still tells where there are none."""
+        return Belief(self.value, low, high, torch.where(_open(low, high), self.weight, 0.0))
+
+    def widened(self, low: Tensor, high: Tensor, sent: Tensor) -> "Belief":
+        """With bounds that are farther apart; of an entry that was `sent` (bool) and loses the last of them, `value` is then all
+        there is to go by."""
+        lost = _open(low, high) & ~_open(self.low, self.high)
+        return Belief(self.value, low, high, torch.where(lost & sent, 1.0, self.weight))
 
     def unbounded(self, sent: Tensor) -> "Belief":
-        """Without bounds; of an entry that was `sent` (bool), `value` is then all there is to go by."""
+        """As `widened`, without any bounds."""
         nothing = torch.full_like(self.value, torch.inf)
-        return Belief(self.value, -nothing, nothing, torch.where(sent, 1.0, self.weight))
+        return self.widened(-nothing, nothing, sent)
+
+
+def _open(low: Tensor, high: Tensor) -> Tensor:
+    return (low == -torch.inf) & (high == torch.inf)
 
 
 Beliefs = dict[str, Belief]

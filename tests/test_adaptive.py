@@ -1,5 +1,6 @@
 """An attacker who knows the defense: what it holds candidates against, what it rehearses, and that it sees more."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from defenses import (
     DPSGD,
     Chain,
     Clip,
+    DeepGradientCompression,
     DPFedAvg,
     ErrorFeedback,
     GaussianNoise,
@@ -138,6 +140,22 @@ def test_how_short_an_update_was_clipped_changes_nothing_for_a_gap_of_directions
     assert float(gaps[1]) == pytest.approx(float(gaps[0]), rel=1e-4)
 
 
+SPARSE = [Chain((Clip(0.1), TopK(0.05))), Chain((TopK(0.05), Clip(0.1))), DeepGradientCompression(0.05, warmup=0)]
+
+
+@pytest.mark.parametrize("defense", SPARSE, ids=repr)
+def test_the_truth_explains_a_part_of_a_clipped_update(defense):
+    """Its length is that of the part: a candidate that was brought to it as a whole would be too short where it counts."""
+    model, (one,), images, known = victims(defense, 1)
+    seen, told = [replace(one, followed=True)], replace(known, defense=defense)
+    group = Problems.of(seen, Plan.of(seen[0], told, False), told, model, attacks.cosine_lbfgs())
+    group.labels = DATA.train.batch(torch.tensor([0]))[1][None]
+    noise = torch.rand(1, images[0].numel(), generator=generator(0, "point"))
+    truth, other = (float(group.gaps(point, torch.tensor([0]))) for point in (images[0].flatten()[None], noise))
+    assert truth < 1e-6
+    assert other > 1e-3
+
+
 def test_who_knows_of_clipping_steals_no_less_by_a_gap_of_directions():
     defense = Clip(0.1)  # of gradients about 50 times as long
     model, seen, images, known = victims(defense, data=SMALL)
@@ -171,6 +189,26 @@ def test_an_attacker_who_explains_all_that_noise_leaves_to_explain_has_converged
     short = replace(attack, optimizer=replace(attack.optimizer, evaluations=3))
     unfinished = adapted(short, model, defense)(seen, replace(known, defense=defense), model, generator(0, "attack"))
     assert not any(one.converged for one in unfinished)
+
+
+def test_what_explains_an_update_no_better_than_noise_has_not_converged_and_the_noise_is_the_same_for_all():
+    model, (one, *_), images, known = victims(NoDefense(), 1)
+    lone = nn.Sequential(
+        nn.Flatten(), nn.Linear(images[0].numel(), 1)
+    )  # of one class, which every image is of: no loss, and no gradient
+    params = split(lone)[0]
+    mute = replace(one, params=params, packets=pack({name: torch.zeros_like(t) for name, t in params.items()}))
+    for attack in (attacks.dlg(evaluations=3), attacks.idlg(evaluations=3), attacks.cosine_lbfgs(evaluations=3)):
+        (found,) = attack([mute], replace(known, num_classes=1), lone, generator(0, "attack"))
+        assert found.loss == 0
+        assert not found.converged
+    model, seen, images, known = victims(NoDefense(), 3)
+    attack = replace(attacks.cosine_lbfgs(), tolerance=1e9)  # so that noise decides
+    together = Problems.of(seen, Plan.of(seen[0], known, False), known, model, attack)
+    together.labels = torch.tensor([[1], [2], [3]])
+    points = torch.zeros(3, images[0].numel())
+    alone = together.take(torch.tensor([2]), threading.Event())
+    assert torch.allclose(alone.enough(points[2:], 8), together.enough(points, 8)[2:], rtol=1e-5)
 
 
 def test_where_every_image_explains_what_was_seen_no_search_has_converged():

@@ -341,6 +341,9 @@ def test_priors_are_zero_where_they_should_be() -> None:
     # A ramp of 0.1 a row: every vertical difference is 0.1, every horizontal one 0.
     ramp = torch.arange(4).reshape(1, 1, 1, 4, 1).expand(1, 1, 1, 4, 5) / 10
     assert TotalVariation(2.0)(ramp).item() == pytest.approx(0.2)
+    for signal in (ramp[..., :1], ramp[..., :1].transpose(-2, -1)):  # one pixel wide, or high
+        assert TotalVariation(2.0)(signal).item() == pytest.approx(0.2)
+    assert TotalVariation(1.0)(ramp[..., :1, :1]).item() == 0
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from defenses import (
     LaplacianNoise,
     LogQuantization,
     NoDefense,
+    OutPost,
     Partial,
     PowerSGD,
     Pruning,
@@ -79,11 +80,14 @@ def told(defense: Defense, update: Update, seed: int = 0) -> tuple[dict[str, Pac
 def test_the_update_lies_within_what_any_chain_leaves_possible(parts, leaves, seed):
     rng = generator(seed, "leaves")
     update = {f"{i}": KINDS[kind](torch.randn(shape, generator=rng)) for i, (shape, kind) in enumerate(leaves)}
-    for name, belief in told(Chain(parts), update, seed)[1].items():
+    arrived, beliefs = told(Chain(parts), update, seed)
+    for name, belief in beliefs.items():
         assert bool((belief.low <= update[name]).all())
         assert bool((update[name] <= belief.high).all())
         assert bool((belief.low <= belief.value).all())
         assert bool((belief.value <= belief.high).all())
+        nothing = (belief.low == -math.inf) & (belief.high == math.inf) & (belief.weight == 0)
+        assert not bool((nothing & arrived[name].sent()).any()), "what was sent tells nothing at all"
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -174,6 +178,30 @@ def test_bounds_are_as_narrow_as_the_defense_allows(defense, width, missing, wei
     if missing is not None:
         cells = (belief.high - belief.low)[~sent]
         assert 0.9 * (width + 2 * top(1009)) <= float(cells.max()) <= missing * 1.0001
+
+
+QUANTIZERS = [UniformQuantization(16), KMeansQuantization(4), LogQuantization(), FixedPoint(16, 10), Int8(), Int8(scaled=False)]
+QUANTIZERS += [FloatFormat("fp16"), FloatFormat("bf16"), FloatFormat("fp8_e4m3")]
+
+
+@pytest.mark.parametrize("rounds", QUANTIZERS, ids=repr)
+@pytest.mark.parametrize("hides", [GaussianNoise(std=1e-3), DPFedAvg(100.0, noise_multiplier=1e-8), OutPost()], ids=repr)
+def test_whatever_hides_the_bounds_before_or_after_rounding_leaves_the_values(rounds, hides):
+    update = {"x": X.clone()}
+    for chain in (Chain((rounds, hides)), Chain((hides, rounds))):
+        arrived, beliefs = told(chain, update)
+        belief = beliefs["x"]
+        assert torch.equal(belief.value, arrived["x"].dense())
+        # OutPost says of zeros that they were pruned.
+        assert torch.equal(belief.weight, (belief.value != 0).float() if isinstance(hides, OutPost) else torch.ones_like(X))
+
+
+def test_clipping_turns_no_sign():
+    for chain in (Chain((Clip(0.1), SignSGD())), Chain((Clip(0.1), Int8(scaled=False)))):
+        belief = told(chain, {"x": 100 * X})[1]["x"]
+        some = belief.value != 0
+        assert bool((torch.where(belief.value > 0, belief.low, -belief.high)[some] > -1e-19).all())
+        assert bool((belief.weight[~some] == 1).all())
 
 
 def test_signs_leave_half_a_line():

@@ -58,7 +58,17 @@ def test_every_kind_of_training_is_what_it_is_one_by_one(changes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "made", [{"model": NORMED}, {"model": MLP_DROPOUT}, {"defense": PRIVATE}], ids=["BatchNorm", "dropout", "DP-SGD"]
+    "made",
+    [
+        {"model": NORMED},
+        {"model": MLP_DROPOUT},
+        {"defense": PRIVATE},
+        {
+            "model": MLP | {"bottleneck": {"_target_": "fedsim.models.Precode", "width": 5}},
+            "federation": FEDSGD | {"train_mode": False},
+        },
+    ],
+    ids=["BatchNorm", "dropout", "DP-SGD", "PRECODE in eval mode"],
 )
 def test_what_cannot_be_one_program_says_why(made):
     setup = setup_of(config(**made))

@@ -376,10 +376,20 @@ def test_outpost_adds_noise_by_each_layer_s_spread_to_the_entries_with_most_info
     assert stats.kstest(draws, stats.norm(scale=1.5 * std).cdf).pvalue < 1e-9
 
 
+def test_outpost_protects_as_many_entries_where_most_are_zero():
+    defense, rng = OutPost(protect=0.4), generator(0, "sparse")
+    found = {"one": torch.randn(50, 20, generator=rng), "other": torch.randn(1000, generator=rng)}
+    sparse = {name: t * (torch.rand(t.shape, generator=rng) < 0.3) for name, t in found.items()}  # as ReLU leaves them
+    largest = defense._largest(sparse)
+    assert sum(int(mask.sum()) for mask in largest.values()) == 800
+    assert all(bool(largest[name][t != 0].all()) for name, t in sparse.items())
+    assert {name: mask.shape for name, mask in largest.items()} == {name: t.shape for name, t in found.items()}
+
+
 def test_a_layer_s_risk_is_one_at_most():
     defense = OutPost(noise=1.0, prune=0.0, protect=1.0)
     gradient, wide = torch.ones(10_007), 5 * torch.randn(10_007, generator=generator(0, "weights"))
-    noise = defense._perturbed(gradient, wide, 0.0, generator(0, "noise")) - gradient
+    noise = defense._perturbed(gradient, wide, torch.ones_like(gradient, dtype=torch.bool), generator(0, "noise")) - gradient
     assert float(noise.std()) == pytest.approx(1.0, rel=0.03)  # 10,007 draws: known to 0.7 %, 4 of that; the weights' is 25
 
 
