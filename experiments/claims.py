@@ -638,4 +638,21 @@ def summary(verdicts: Sequence[Verdict], caveats: Sequence[str] = ()) -> Summary
 
 
 def _command(claim: Claim) -> str:
-    return "needs a checkout with tests/ and pytest" if claim.study == UNIT else f"fedsim study {claim.study}"
+    """What would measure a claim: the quick size of its study, if that has cells of all that is asked for."""
+    from experiments import study
+
+    if claim.study == UNIT:
+        return "needs a checkout with tests/ and pytest"
+    quick = [flat(config) for config in study.load(claim.study).cells("quick").values()]
+    asked = [claim.settings.get("where", {}) | claim.settings.get(side, {}) for side in ("of", "than") if _is_where(claim, side)]
+    every = [
+        dict(zip(where, values, strict=True))
+        for where in map(_of_cells, asked or [claim.settings.get("where", {})])
+        for values in itertools.product(*(one if isinstance(one, list) else [one] for one in where.values()))
+    ]
+    missing = any(not any(matches(settings, where) for settings in quick) for where in every)
+    return f"fedsim study {claim.study}" + (" --full" if missing else "")
+
+
+def _is_where(claim: Claim, side: str) -> bool:
+    return isinstance(claim.settings.get(side), dict)

@@ -38,7 +38,7 @@ def ranked(folders: Sequence[RunFolder], leaks: pd.DataFrame) -> tuple[pd.DataFr
 def _line(kind: str, attack: str, leaks: pd.DataFrame, every: pd.DataFrame) -> Row:
     """A line of the ranking, which goes by the stronger attacker, and what may be said of the defense.
 
-    A defense is shown to protect against an attacker where that one stole from fewer of the same victims than he did without a
+    A defense is shown to protect against an attacker where that one stole fewer images of the same updates than he did without a
     defense (exact sign test of the pairs, one-sided, 5 %, each by itself). One who was not tried without is held against the other.
     A victim on whom an adaptive attacker's search did not end counts as perhaps stolen: such a search protects nobody. To protect
     only against the naive attacker takes one more test: that the adaptive one stole from more behind the same defense.
@@ -59,7 +59,7 @@ def _line(kind: str, attack: str, leaks: pd.DataFrame, every: pd.DataFrame) -> R
     protects = {who: _fewer(perhaps[who], without[who]) for who in by}
     row["p"] = protects
     if any(p is None for p in protects.values()):
-        return row | {"says": f"too few victims to tell: fewer than {LEAST} of them were stolen without a defense"}
+        return row | {"says": f"too few to tell: of fewer than {LEAST} updates anything was stolen without a defense"}
     safe = {who for who in by if _shown(protects[who])}
     lost = "adaptive" in by and "adaptive" not in safe and _shown(_fewer(stolen["adaptive"], without["adaptive"]))
     undecided = f"undecided: {by['adaptive']['lost']} of his searches did not end" if lost else ""
@@ -73,7 +73,7 @@ def _line(kind: str, attack: str, leaks: pd.DataFrame, every: pd.DataFrame) -> R
             return row | {"flag": True, "says": "protects only against the naive attacker"}
         return row | {"says": f"fewer thefts by the naive attacker; of the adaptive one {undecided or 'that was not shown'}"}
     if safe == {"adaptive"}:
-        return row | {"says": "fewer thefts by the adaptive attacker only: the naive one is the stronger here"}
+        return row | {"says": "fewer thefts by the adaptive attacker; of the naive one that was not shown"}
     if not safe:
         return row | {"says": f"of the adaptive attacker {undecided}" if lost else "no fewer thefts were shown"}
     return row | {"says": "fewer thefts than without a defense, by both attackers"}
@@ -112,10 +112,11 @@ def _stolen(leaks: pd.DataFrame, *, perhaps: bool = False) -> pd.Series:
 
 
 def _fewer(behind: pd.Series, without: pd.Series) -> float | None:
-    """p of the sign test over victims of both, that fewer were stolen `behind`; None where so few were stolen `without` that no
-    outcome could show anything."""
+    """p of the sign test over updates of both, that fewer of their images were stolen `behind`; None where of so few any was stolen
+    `without` that no outcome could show anything. Images of one update are found or missed together."""
     both = pd.concat([behind, without], axis=1, join="inner", keys=["behind", "without"])
-    if both["without"].sum() < LEAST:
+    both = both.groupby([name for name in both.index.names if name != "image"]).mean()
+    if (both["without"] > 0).sum() < LEAST:
         return None
-    fewer, more = int((both["without"] & ~both["behind"]).sum()), int((both["behind"] & ~both["without"]).sum())
+    fewer, more = int((both["without"] > both["behind"]).sum()), int((both["behind"] > both["without"]).sum())
     return float(stats.binomtest(fewer, fewer + more, alternative="greater").pvalue) if fewer + more else 1.0

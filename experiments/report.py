@@ -171,7 +171,7 @@ def _contender(
         "curve": [curve[place] for place in _evenly(len(curve), CURVE)],
         "sent": float(done.groupby("run")["bytes_up"].sum().mean()),
         "sent_text": size(done.groupby("run")["bytes_up"].sum().mean()) if len(done) else "",
-        "share": float(done["bytes_up"].sum() / max(1, done["bytes_up_dense"].sum())) if len(done) else None,
+        "share": _of_dense(done),
         "proof": _proof(last) if "epsilon" in last and np.isfinite(last["epsilon"]).all() else None,
         "bare": without_defense(config),
         "family": f"{config['choices']['defense']} {config['choices'].get('model/bottleneck')}",
@@ -284,7 +284,7 @@ def _points(kind: str, attack: str, leaks: pd.DataFrame, rounds: pd.DataFrame, a
                     "stage": stage,
                     "accuracy": finite(accuracy.mean()),
                     "sent": float(until.groupby("run")["bytes_up"].sum().mean()),
-                    "dense": float(until["bytes_up"].sum() / max(1, until["bytes_up_dense"].sum())),
+                    "dense": _of_dense(until),
                     **counts_of(of),
                     "median_victim": album.want(of.iloc[(len(of) - 1) // 2], first=stage is None),
                     "worst_victim": album.want(of.iloc[0], first=stage is None),
@@ -295,6 +295,13 @@ def _points(kind: str, attack: str, leaks: pd.DataFrame, rounds: pd.DataFrame, a
             point["stronger"] = point is max(here, key=strength)
         found += here
     return found
+
+
+def _of_dense(rounds: pd.DataFrame) -> float | None:
+    """The bytes that were sent as a share of what dense updates would take; None where none was sent, as by a run that was stopped
+    in its first round."""
+    sent, dense = rounds["bytes_up"].sum(), rounds["bytes_up_dense"].sum()
+    return float(sent / dense) if sent and dense else None
 
 
 def _guesses(leaks: pd.DataFrame, text: bool) -> list[Row]:

@@ -17,7 +17,7 @@ import shutil
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -116,8 +116,10 @@ def run(
     base.mkdir(parents=True, exist_ok=True)
     cells = _as_kept(cells, base)
     shared = _shared(cells, base)
+    failed = _failed_before(cells, base)
     todo = [name for name, config in cells.items() if not _finished(config, base / name)]
-    kept, todo = [name for name in cells if name not in todo], todo[:most]
+    kept = [name for name in cells if name not in todo]
+    todo = sorted(todo, key=failed.__contains__)[:most]  # what may fail again keeps nobody from his turn
     if kept:
         console.print(
             f"  {len(kept)} of them finished already" + (f", {shared} in other studies beside this one" if shared else "")
@@ -208,19 +210,34 @@ def _settle(workers: int) -> None:
 
 
 def _as_kept(cells: dict[str, Config], base: Path) -> dict[str, Config]:
-    """The cells by the names of their folders: one begun in a larger or smaller grid, which named it otherwise, keeps it."""
+    """The cells by the names of their folders: one begun in a larger or smaller grid, which named it otherwise, keeps it, and none
+    is called as one of other settings, whose folder and whose row it would take."""
     from fedsim.run import RunError, RunFolder
 
-    wanted, kept = {digest(config) for config in cells.values()}, dict[str, str]()
+    wanted, kept, others = {digest(config) for config in cells.values()}, dict[str, str](), set[str]()
     for path in sorted(base.glob("*/config.json")):
         with contextlib.suppress(RunError):  # damaged; the cell of this name will say so
-            if (found := digest(RunFolder(path.parent).config)) in wanted and kept.get(found) not in cells:
+            if (found := digest(RunFolder(path.parent).config)) not in wanted:
+                others.add(path.parent.name)
+            elif kept.get(found) not in cells:
                 kept[found] = path.parent.name
-    named = {}
+    taken, named = others | set(kept.values()), {}
     for name, config in cells.items():
         hashed = digest(config)
-        named[kept.get(hashed) or (f"{name}_{hashed}" if name in kept.values() else name)] = config
+        named[kept.get(hashed) or (f"{name}_{hashed}" if name in taken else name)] = config
     return named
+
+
+def _failed_before(cells: Mapping[str, Config], base: Path) -> set[str]:
+    """Which of the cells failed when they were last run."""
+    from fedsim.files import Damaged, read_table
+
+    try:
+        rows = read_table(base / CELLS) if (base / CELLS).exists() else None
+    except Damaged:  # `_note` says so and sets it aside
+        return set()
+    failed = set() if rows is None else set(rows.loc[rows["failed"].notna(), "hash"])
+    return {name for name, config in cells.items() if digest(config) in failed}
 
 
 def _shared(cells: dict[str, Config], base: Path) -> int:

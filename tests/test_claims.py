@@ -74,11 +74,19 @@ def test_protection_is_held_against_both_attackers(naive, adaptive, expected):
 
 
 def test_a_claim_that_nothing_was_measured_of_says_so():
-    one = claim("rate", of="MSE < 0.03", where={"defense": "topk"}, expect=">= 0.5")
+    one = claim("rate", of="MSE < 0.03", where={"defense": "gaussian", "defense.variance": [0.01, 0.1]}, expect=">= 0.5")
     assert verdict(one, Cell(["defense=fp16"], {"naive": GOOD})) == MISSING
     (said,) = verify([one], {})
     assert said.verdict == MISSING
     assert claims.summary([said]).rows[0][4] == "fedsim study dlg-noise"
+
+
+def test_a_claim_of_what_only_the_full_study_has_says_so():
+    asked = [one for one in claims.load() if one.study == "dlg-datasets"]
+    commands = {tuple(row[1].split(", ")[1:])[-1]: row[4] for row in claims.summary(verify(asked, {})).rows if row[0] == "A3"}
+    quick = "fedsim study dlg-datasets"
+    full = f"{quick} --full"
+    assert commands == {"synthetic": quick, "svhn": full, "mnist": full, "cifar100": full}
 
 
 @pytest.mark.parametrize(("bound", "expected"), [(">= 20", HOLDS), (">= 60", REFUTED), (">= 33.4", OPEN)])

@@ -65,7 +65,7 @@ def test_a_defense_is_held_against_none_that_was_attacked_alike(column):
     every = leaks_of(none=[1] * 12, naive=[0] * 12)
     every.loc[~every["bare"], column] = "otherwise"
     says = ranking._line("A", "dlg", every[~every["bare"]], every)["says"]
-    assert says.startswith("too few victims" if column == "seen" else "no run without a defense, attacked alike, to compare with")
+    assert says.startswith("too few to tell" if column == "seen" else "no run without a defense, attacked alike, to compare with")
 
 
 def test_each_attacker_is_held_against_himself():
@@ -77,6 +77,24 @@ def test_each_attacker_is_held_against_himself():
     assert row["says"] == "no fewer thefts were shown"
 
 
+def test_images_of_one_update_are_no_trials_of_their_own():
+    every = leaks_of(none=[1] * 8, naive=[0] * 8, adaptive=[0] * 8)
+    batch = every.assign(image=every["client"], client=0)
+    assert ranking._line("A", "dlg", batch[~batch["bare"]], batch)["says"].startswith("too few to tell")
+    pairs = every.assign(image=every["client"] % 2, client=every["client"] // 2)
+    assert ranking._line("A", "dlg", pairs[~pairs["bare"]], pairs)["says"].startswith("too few to tell")
+    many = leaks_of(none=[1] * 12, naive=[0, 1] * 6, adaptive=[0, 1] * 5 + [1, 1])  # of six updates half, of the last none
+    many = many.assign(image=many["client"] % 2, client=many["client"] // 2)
+    assert ranking._line("A", "dlg", many[~many["bare"]], many)["p"] == {"naive": 2**-6, "adaptive": 2**-5}
+
+
+def test_of_the_naive_attacker_no_more_is_said_than_was_shown():
+    every = leaks_of(none=[1] * 6 + [0] * 4, none_knowing=[1] * 10, naive=[1] * 2 + [0] * 8, adaptive=[1] * 3 + [0] * 7)
+    row = ranking._line("A", "dlg", every[~every["bare"]], every)
+    assert row["stronger"] == "adaptive"
+    assert row["says"] == "fewer thefts by the adaptive attacker; of the naive one that was not shown"
+
+
 def test_the_ranking_goes_by_the_stronger_attacker():
     every = leaks_of(none=[1] * 12, naive=[0] * 12, adaptive=[1] * 9 + [0] * 3)
     row = ranking._line("A", "dlg", every[~every["bare"]], every)
@@ -85,6 +103,6 @@ def test_the_ranking_goes_by_the_stronger_attacker():
 
 def test_of_a_few_thefts_nothing_can_be_told():
     every = leaks_of(none=[1] * 4 + [0] * 8, naive=[0] * 12, adaptive=[0] * 12)
-    assert ranking._line("A", "dlg", every[~every["bare"]], every)["says"].startswith("too few victims to tell")
+    assert ranking._line("A", "dlg", every[~every["bare"]], every)["says"].startswith("too few to tell: of fewer than 5 updates")
     alone = every[~every["bare"]]
     assert ranking._line("A", "dlg", alone, alone)["says"] == "no run without a defense, attacked alike, to compare with"

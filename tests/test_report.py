@@ -403,11 +403,9 @@ FRAME = """<iframe src="page.html" style="width:{}px;height:900px;border:0"></if
 <script>onmessage = e => document.querySelector("pre").textContent = btoa(unescape(encodeURIComponent(e.data)))</script>"""
 
 
-@pytest.fixture(scope="module", params=[375, 1440])
-def driven(request, page, tmp_path_factory) -> dict:
-    """What the page says in a window of this width; Chromium has none below 500 pixels, so it is a frame."""
-    folder, width = tmp_path_factory.mktemp(f"browser{request.param}"), request.param
-    text, drive = page.read_text(), Path(__file__).with_name("drive_report.js").read_text()
+def opened(page: Path, drive: str, folder: Path, width: int) -> dict:
+    """What the script `drive` says of a page in a window of this width; Chromium has none below 500 pixels, so it is a frame."""
+    text = page.read_text()
     text = text.replace('<meta charset="utf-8">', '<meta charset="utf-8">' + CATCH, 1)
     (folder / "page.html").write_text(text.replace("</body>", f"<script>{drive}</script></body>"))
     (folder / "index.html").write_text(FRAME.format(width))
@@ -429,6 +427,12 @@ def driven(request, page, tmp_path_factory) -> dict:
     return json.loads(base64.b64decode(found[1])) | {"console": console, "width": width}
 
 
+@pytest.fixture(scope="module", params=[375, 1440])
+def driven(request, page, tmp_path_factory) -> dict:
+    drive = Path(__file__).with_name("drive_report.js").read_text()
+    return opened(page, drive, tmp_path_factory.mktemp(f"browser{request.param}"), request.param)
+
+
 @browser
 def test_the_page_runs_without_errors_and_nothing_overflows(driven):
     assert driven["wrong"] == driven["console"] == []
@@ -441,6 +445,31 @@ def test_the_page_runs_without_errors_and_nothing_overflows(driven):
     assert driven["alts"] == driven["broken"] == driven["small"] == driven["strange"] == 0
     assert driven["pictures"] >= 8
     assert not driven["objects"]
+
+
+LOOK = """addEventListener("load", () => setTimeout(() => {
+  const filled = part => part.querySelector(".panel, table, img");
+  const drawn = () => [...document.querySelectorAll("main section")].filter(filled).map(part => part.id);
+  const said = { drawn: drawn() };
+  const axis = document.getElementById("cost-axis");
+  axis.value = "accuracy";
+  axis.dispatchEvent(new Event("change", { bubbles: true }));
+  parent.postMessage(JSON.stringify({ ...said, again: drawn(), wrong }), "*");
+}, 100));"""
+
+
+@browser
+def test_the_page_of_a_run_that_was_stopped_in_its_first_round_is_whole(study, tmp_path):
+    run = shutil.copytree(study / "coarse", tmp_path / "run")
+    write_table(run / "rounds.parquet", read_table(run / "rounds.parquet").query("round < 1"))
+    write_table(run / "leaks.parquet", read_table(run / "leaks.parquet").query("round < 2 and attacker == 'naive'"))
+    assert fedsim("report", run, "-o", tmp_path / "report.html") == 0
+    data = data_in(tmp_path / "report.html")
+    assert {point["dense"] for point in data["points"]} == {None} == {one["share"] for one in data["contenders"]}
+    (tmp_path / "browser").mkdir()
+    said = opened(tmp_path / "report.html", LOOK, tmp_path / "browser", 1440)
+    assert said["wrong"] == said["console"] == []
+    assert {"ranking", "frontier", "leak", "gallery", "bytes"} <= set(said["drawn"]) & set(said["again"])
 
 
 @browser

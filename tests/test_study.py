@@ -65,7 +65,7 @@ def test_every_study_lists_the_claims_that_it_answers():
     assert sum(map(bool, found.values())) > 20
 
 
-def test_a_study_is_run_once_and_a_changed_one_is_refused(tiny, capsys):
+def test_a_study_is_run_once_and_a_changed_one_stands_beside_it(tiny, capsys):
     out = tiny / "out"
     assert main(["study", "tiny", "-o", str(out)]) == 0
     names = ["none_cosine_lbfgs_seed=0", "uniform_levels=16_cosine_lbfgs_seed=0", "uniform_levels=4_cosine_lbfgs_seed=0"]
@@ -76,9 +76,35 @@ def test_a_study_is_run_once_and_a_changed_one_is_refused(tiny, capsys):
     assert main(["study", "tiny", "-o", str(out)]) == 0
     after = {name: (out / name / "leaks.parquet").stat().st_mtime_ns for name in names}
     assert [name for name in names if before[name] != after[name]] == [names[1]]
-    assert main(["study", "tiny", "rounds=2", "-o", str(out)]) == 1
-    assert "was made with other settings" in capsys.readouterr().err
+    rows = read_table(out / study.CELLS)
+    for _ in range(2):
+        assert main(["study", "tiny", "rounds=2", "-o", str(out)]) == 0
+        longer = {path.parent.name for path in out.glob("*/config.json")} - set(names)
+        assert {name.rpartition("_")[0] for name in longer} == set(names)
+        assert len(longer) == 3
+    assert {RunFolder(out / name).config["rounds"] for name in longer} == {2}
     assert {name: (out / name / "leaks.parquet").stat().st_mtime_ns for name in names} == after
+    capsys.readouterr()
+    assert main(["study", "tiny", "-o", str(out)]) == 0
+    assert "3 of them finished already" in capsys.readouterr().out
+    now = read_table(out / study.CELLS)
+    assert now[now["cell"].isin(names)].reset_index(drop=True).equals(rows)
+    assert set(now["cell"]) == longer | set(names)
+
+
+def test_a_cell_that_fails_each_time_keeps_no_other_from_its_turn(tiny, capsys, monkeypatch):
+    start = runner.start
+
+    def broken(config, *arguments, **more):
+        if config["choices"]["defense"] == "none":
+            raise ValueError("it never works")
+        return start(config, *arguments, **more)
+
+    monkeypatch.setattr(runner, "start", broken)
+    out = tiny / "out"
+    codes = [main(["study", "tiny", "--max-cells", "1", "-o", str(out)]) for _ in range(4)]
+    assert codes == [1, 0, 0, 1]
+    assert len(list(out.glob("*/leaks.parquet"))) == 2
 
 
 def test_cells_in_processes_of_their_own_give_the_same(tiny):
