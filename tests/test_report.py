@@ -450,7 +450,7 @@ def test_the_page_runs_without_errors_and_nothing_overflows(driven):
 LOOK = """addEventListener("load", () => setTimeout(() => {
   const filled = part => part.querySelector(".panel, table, img");
   const drawn = () => [...document.querySelectorAll("main section")].filter(filled).map(part => part.id);
-  const said = { drawn: drawn() };
+  const said = { drawn: drawn(), frontier: document.getElementById("frontier").textContent };
   const axis = document.getElementById("cost-axis");
   axis.value = "accuracy";
   axis.dispatchEvent(new Event("change", { bubbles: true }));
@@ -469,6 +469,7 @@ def test_the_page_of_a_run_that_was_stopped_in_its_first_round_is_whole(study, t
     (tmp_path / "browser").mkdir()
     said = opened(tmp_path / "report.html", LOOK, tmp_path / "browser", 1440)
     assert said["wrong"] == said["console"] == []
+    assert said["frontier"].endswith("Nothing was sent.")
     assert {"ranking", "frontier", "leak", "gallery", "bytes"} <= set(said["drawn"]) & set(said["again"])
 
 
