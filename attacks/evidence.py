@@ -66,16 +66,16 @@ def believed(seen: Observation, known: Knowledge, *, imitated: bool = False) -> 
     """
     beliefs = beliefs_of(seen.packets, None if seen.summed else known.defense, seen.before)
     cells = {name: (b.high - b.low).isfinite() & seen.packets[name].sent() for name, b in beliefs.items()}
-    squares = {name: torch.where(cells[name], b.high - b.low, 0.0).square() for name, b in beliefs.items()}
+    squares = {name: torch.where(cells[name], b.high - b.low, 0.0).double().square() for name, b in beliefs.items()}
     coarse, scale = sum(int((t > 0).sum()) for t in squares.values()), step_length(known)
-    typical = sum(float(t.sum(dtype=torch.float64)) for t in squares.values()) / max(1, coarse)
+    typical = sum(float(t.sum()) for t in squares.values()) / max(1, coarse)
     told = {}
     for name, b in beliefs.items():
         trust = typical / (typical + squares[name]) if typical else torch.ones_like(b.weight)
         value, low, high = (t if imitated else t / scale for t in (b.value, b.low, b.high))
         if not imitated and known.weight_decay:  # of entries that were not sent as well: these are bounds of the same sum
             value, low, high = (t - known.weight_decay * seen.params[name] for t in (value, low, high))
-        told[name] = Belief(value, low, high, torch.where(cells[name], trust, b.weight))
+        told[name] = Belief(value, low, high, torch.where(cells[name], trust.to(b.weight), b.weight))
     return told
 
 

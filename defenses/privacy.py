@@ -67,8 +67,11 @@ class Clip:
 
 
 def _grown(belief: Belief, sent: Tensor) -> Belief:
-    """Of a tensor that is the one believed in, times an unknown factor >= 1. A hair's breadth is left for float32."""
-    return belief.widened(_least(belief.low), -_least(-belief.high), sent)
+    """Of a tensor that is the one believed in, times an unknown factor >= 1. A hair's breadth is left for float32, in which what
+    shrank to 0 may have had either sign."""
+    nothing = (belief.low == 0) & (belief.high == 0)
+    low, high = _least(belief.low), -_least(-belief.high)
+    return belief.widened(low.masked_fill(nothing, -math.inf), high.masked_fill(nothing, math.inf), sent)
 
 
 HAIR = 1e-20  # what shrank to nothing in float32 was smaller, unless it shrank to less than 1e-25 of itself
