@@ -438,7 +438,8 @@ class Problems:
                 for name in matched
                 if not all(b[name].is_exact for b in every)
             }
-        masks = {name: [sent_entries(one, name) for one in seen] for name in beliefs}
+        rescaled = attack.gap.scale_free and getattr(known.defense, "rescales", False)
+        masks = {name: [sent_entries(one, name) for one in seen] for name in beliefs} if rescaled else {}
         return cls(
             attack=attack,
             plan=plan,
@@ -447,7 +448,7 @@ class Problems:
             buffers=stack([one.buffers for one in seen]),
             target={name: target[name] for name in matched},
             beliefs=beliefs,
-            rescaled=attack.gap.scale_free and getattr(known.defense, "rescales", False),
+            rescaled=rescaled,
             sent={
                 name: torch.stack([torch.ones_like(t) if m is None else m.to(t) for m, t in zip(of, target[name], strict=True)])
                 for name, of in masks.items()

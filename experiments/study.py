@@ -212,6 +212,7 @@ def _settle(workers: int) -> None:
 def _as_kept(cells: dict[str, Config], base: Path) -> dict[str, Config]:
     """The cells by the names of their folders: one begun in a larger or smaller grid, which named it otherwise, keeps it, and none
     is called as one of other settings, whose folder and whose row it would take."""
+    from experiments.progress import console
     from fedsim.run import RunError, RunFolder
 
     wanted, kept, others = {digest(config) for config in cells.values()}, dict[str, str](), set[str]()
@@ -225,6 +226,8 @@ def _as_kept(cells: dict[str, Config], base: Path) -> dict[str, Config]:
     for name, config in cells.items():
         hashed = digest(config)
         named[kept.get(hashed) or (f"{name}_{hashed}" if name in taken else name)] = config
+    if beside := others & cells.keys():
+        console.print(f"  {len(beside)} cells of these names are there with other settings, and stay as they are")
     return named
 
 

@@ -151,9 +151,8 @@ class RunFolder:
             else:
                 now, way_out = f"{data.get('root') or '$FEDSIM_DATA'} holds now", "name what it had with data.root or $FEDSIM_DATA"
             raise RunError(f"{self.path} was run on other data than {now}: {way_out}")
-        shards = self.path / "partition.safetensors"
-        if shards.exists() and not _flaw(read_tensors, shards):  # a damaged one is made again by who goes on with the run
-            kept = list(_load(shards)[0].values())
+        with contextlib.suppress(Damaged):  # or not there: made again by who goes on with the run
+            kept = list(read_tensors(self.path / "partition.safetensors")[0].values())
             if len(kept) != len(setup.shards) or not all(map(torch.equal, kept, setup.shards)):
                 way_out = f"take the partition that it was run with, and flwr-datasets, numpy and torch as in {path}"
                 raise RunError(f"{self.path} was run on other shards of its data than are dealt now: {way_out}")

@@ -193,9 +193,8 @@ def test_an_attacker_who_explains_all_that_noise_leaves_to_explain_has_converged
 
 def test_what_explains_an_update_no_better_than_noise_has_not_converged_and_the_noise_is_the_same_for_all():
     model, (one, *_), images, known = victims(NoDefense(), 1)
-    lone = nn.Sequential(
-        nn.Flatten(), nn.Linear(images[0].numel(), 1)
-    )  # of one class, which every image is of: no loss, and no gradient
+    # Of one class, which every image is of: no loss, and no gradient.
+    lone = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 1))
     params = split(lone)[0]
     mute = replace(one, params=params, packets=pack({name: torch.zeros_like(t) for name, t in params.items()}))
     for attack in (attacks.dlg(evaluations=3), attacks.idlg(evaluations=3), attacks.cosine_lbfgs(evaluations=3)):
