@@ -228,10 +228,15 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
 
 @dataclass(frozen=True)
 class Rate:
-    """`passed` of `n`, with the 95 % Wilson interval."""
+    """`passed` of `n`, with the 95 % Wilson interval.
+
+    Images of one update are found or missed together: where there are several of each, the interval is that of as many trials as
+    there are `updates`, as wide as it is if all images of one share its fate.
+    """
 
     passed: int
     n: int
+    updates: int | None = None
 
     @property
     def share(self) -> float:
@@ -239,7 +244,8 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        return wilson(self.passed, self.n)
+        trials = self.updates or self.n
+        return wilson(self.share * trials, trials)
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -276,10 +282,11 @@ class Scores(Protocol):
     def __getitem__(self, name: str, /) -> Any: ...
 
 
-def success_rates(scores: Scores, prefix: str = "") -> dict[str, Rate]:
+def success_rates(scores: Scores, prefix: str = "", updates: int | None = None) -> dict[str, Rate]:
     """How many of n reconstructions pass each of `BARS`; `scores` maps a metric's name, after `prefix`, to n values.
 
-    A table of leaks is such a mapping. A bar is left out whose score is not there: images below 11 pixels have no SSIM.
+    A table of leaks is such a mapping; `updates` says of how many updates they are, if of several images each. A bar is left out
+    whose score is not there: images below 11 pixels have no SSIM.
     """
     rates = {}
     for name, bar in BARS.items():
@@ -287,7 +294,7 @@ def success_rates(scores: Scores, prefix: str = "") -> dict[str, Rate]:
             passed = bar.passes(list(scores[prefix + bar.score]))
             if not len(passed):
                 raise ValueError("a success rate needs at least one reconstruction, got none")
-            rates[name] = Rate(int(passed.sum()), len(passed))
+            rates[name] = Rate(int(passed.sum()), len(passed), updates)
     return rates
 
 

@@ -7,17 +7,21 @@ A claim is checked by one of these, on victims or runs that `where` selects by t
     difference   mean of a column where `of` minus where `than`, paired where both have a victim expect: ">= 4"
     equivalent   the same difference is within +-`margin` (TOST)
     trend        a column rises or falls along the levels of a setting (Kendall)                 expect: rises or falls
-    correlation  Spearman's between two columns, over the medians of cells (Fisher's z)          expect: ">= 0.7"
+    correlation  Spearman's between two columns, over the medians of settings (Fisher's z)       expect: ">= 0.7"
     cells        how many cells the full study has                                              expect: 960
     test         a test of this project shows it                                                tests/test_file.py::test_name
 
 Each gives two one-sided p-values: that the claim is not true, and that it is. Within a study they are adjusted (Holm 1979).
 
-A victim counts once, in however many cells it was attacked. Two sides are compared in cells that are alike in all other settings. A
-claim that lists several values of a setting is not measured where the study was to have cells of one of them, and none are there.
+A victim counts once, in however many cells it was attacked, and images of one update, which are found or missed together, are one
+trial: n counts updates. Two sides are compared in cells that are alike in all other settings. A claim that lists several values of
+a setting is not measured where the study was to have cells of one of them, and none are there.
+
 That something protects is shown only by an attacker who knows of it and whose searches came to their end: of one that did not, a
-victim counts as perhaps stolen. Nor do such searches refute a leak.
-`knowing` is what is asked of that attacker's cells in the place of `where`, if he needs another attack.
+victim counts as perhaps stolen. Nor do such searches refute a leak. So where an adaptive attacker's searches did not end, that less
+leaks has to hold both of what they reached and, by ranks, if they had found everything. What a naive attacker reaches with one and
+the same budget is compared as it is, and how many of his searches did not end stands beside it.
+`knowing` is what is asked of the adaptive attacker's cells in the place of `where`, if he needs another attack.
 """
 
 import fnmatch
@@ -146,10 +150,22 @@ class Results:
             [flat(config) for config in wanted],
         )
 
-    def cells(self) -> list["Results"]:
-        """Each by itself."""
-        every = zip(self.settings, self.leaks, self.rounds, self.conditions, self.defenses, strict=True)
-        return [Results([settings], [leaks], [rounds], [under], [behind]) for settings, leaks, rounds, under, behind in every]
+    def of_settings(self) -> list["Results"]:
+        """Cells that differ in their seeds alone, together."""
+        alike: dict[str, list[int]] = {}
+        for i, settings in enumerate(self.settings):
+            matter = {key: value for key, value in settings.items() if key.split(".")[0] not in (*NO_MATTER, "seed", "choices")}
+            alike.setdefault(json.dumps(matter, sort_keys=True), []).append(i)
+        return [
+            Results(
+                [self.settings[i] for i in places],
+                [self.leaks[i] for i in places],
+                [self.rounds[i] for i in places],
+                [self.conditions[i] for i in places],
+                [self.defenses[i] for i in places],
+            )
+            for places in alike.values()
+        ]
 
     def is_wanted(self, where: Where) -> bool:
         """Whether there was to be a cell of what is selected."""
@@ -168,9 +184,11 @@ class Results:
 
         return [key for key in dict.fromkeys(itertools.chain(*sides[0], *sides[1])) if is_shared(key)]
 
-    def victims(self, where: Where, column: str, attacker: str | None, apart: Sequence[str] = ()) -> pd.Series:
+    def victims(
+        self, where: Where, column: str, attacker: str | None, apart: Sequence[str] = (), *, perhaps: bool = False
+    ) -> pd.Series:
         """A column of the leaks of what is selected; the index tells victims apart, seeds and rounds too, but of cells those alone
-        that differ in the settings `apart`."""
+        that differ in the settings `apart`. `perhaps` takes searches that did not end for having found everything."""
         found = []
         for settings, leaks in zip(self.settings, self.leaks, strict=True):
             if not len(leaks):
@@ -184,6 +202,8 @@ class Results:
             for key, asked in (inside if attacker is None else {**inside, "attacker": attacker}).items():
                 leaks = leaks[[matches({key: value}, {key: asked}) for value in leaks[key]]]
             values, keys = _values(leaks, column), [leaks[key] for key in _KEYS]
+            if perhaps:
+                values = values.mask(leaks["converged"] == 0, FOUND[column])
             of_cell = [[value] * len(leaks) for value in (settings["data"], settings["seed"], _told_apart(settings, apart))]
             values.index = pd.MultiIndex.from_arrays([*of_cell, *keys], names=["data", "seed", "apart", *_KEYS])
             found.append(values)
@@ -220,9 +240,17 @@ class Results:
             if matches(settings, cells)
         ]
 
-    def values(self, where: Where, column: str, attacker: str | None, apart: Sequence[str] = ()) -> pd.Series:
+    def values(
+        self, where: Where, column: str, attacker: str | None, apart: Sequence[str] = (), *, perhaps: bool = False
+    ) -> pd.Series:
         """Of victims or of runs, by what the column is one of."""
-        return self.runs(where, column, apart) if column == "accuracy" else self.victims(where, column, attacker, apart)
+        if column == "accuracy":
+            return self.runs(where, column, apart)
+        return self.victims(where, column, attacker, apart, perhaps=perhaps)
+
+    def lost(self, where: Where, column: str, attacker: str | None) -> int:
+        """How many searches for what is selected did not end, if the column says how much they found."""
+        return int((self.victims(where, "converged", attacker) == 0).sum()) if column in FOUND else 0
 
 
 def _own(folder: RunFolder) -> pd.DataFrame:
@@ -292,6 +320,8 @@ def _values(rows: pd.DataFrame, column: str) -> pd.Series:
 
 
 EXACT = 1e-8  # mean squared error of what counts as the very image
+SHARES = ("token_accuracy", "tokens_found", "rouge1", "rouge2", "rougeL")  # scores between 0 and 1, often at an end of it
+FOUND = {"psnr_db": PERFECT, "mse": 0.0, "ssim": 1.0, **dict.fromkeys((*SHARES, *BARS, "exact"), 1.0)}  # of who finds everything
 
 # The checks. Each raises NotMeasured where there is nothing to answer by.
 
@@ -312,20 +342,25 @@ def rate(
     bound, above = _bound(expect)
     each, text = _once(passed), f"{int(passed.sum())}/{len(passed)}"
     low, high = wilson(each.sum(), len(each))
-    text += f" = {passed.mean():.0%} [{low:.0%}, {high:.0%}]" + (f", {len(each)} victims" if len(each) < len(passed) else "")
+    text += f" = {passed.mean():.0%} [{low:.0%}, {high:.0%}]" + (f", {len(each)} updates" if len(each) < len(passed) else "")
     p = _share(each, bound)
-    if of in (*BARS, "exact") and (lost := (passed == 0) & (found.victims(where, "converged", who) == 0)).any():
-        text += f", {int(lost.sum())} not converged"
+    if of in FOUND and (perhaps := found.victims(where, of, who, perhaps=True)).sum() > passed.sum():
+        text += _not_converged(int((perhaps - passed).sum()))
         if above or attacker == "adaptive":  # of protection, or that nothing leaks, these say nothing
-            p["less"] = _share(_once(passed + lost), bound)["less"]
+            p["less"] = _share(_once(perhaps), bound)["less"]
     return Answer(text, *_sided(p, above))
 
 
 def mean(found: Results, attacker: str | None, *, of: str, expect: str, where: Where | None = None) -> Answer:
     """A t-test of the mean; of scores between 0 and 1, many of which may be 1, a test that holds for whatever they are."""
-    values = _once(_some(found, where or {}, of, attacker)).to_numpy()
-    bound, above = _bound(expect)
-    return Answer(_told(of, values), *_sided(bounded_mean(values, bound) if of in SHARES else _t(values - bound), above))
+    where, (bound, above), less = where or {}, _bound(expect), _less(of)
+    values = _once(_some(found, where, of, attacker)).to_numpy()
+    p = bounded_mean(values, bound) if of in SHARES else _t(values - bound)
+    lost = found.lost(where, of, attacker)
+    if lost and (above == (less == "less") or attacker == "adaptive"):
+        perhaps = _once(found.victims(where, of, attacker, perhaps=True)).to_numpy()
+        p[less] = max(p[less], _signs(perhaps - bound)[less])
+    return Answer(_told(of, values) + _not_converged(lost), *_sided(p, above))
 
 
 def difference(
@@ -335,6 +370,13 @@ def difference(
     bound, above = _bound(expect)
     text, values = _compared(found, attacker, column, of, than, where)
     p = _t(values[0] - bound, column == "accuracy") if len(values) == 1 else _welch(values[0] - bound, values[1])
+    if attacker == "adaptive" and column in FOUND:
+        less = _less(column)
+        for way, perhaps in ((less, of), (_other(less), than)):  # the side that would leak less may have leaked all the same
+            if found.lost({**(where or {}), **perhaps}, column, attacker):
+                _, values = _compared(found, attacker, column, of, than, where, perhaps)
+                ranks = _signs(values[0] - bound) if len(values) == 1 else _ranks(values[0] - bound, values[1])
+                p[way] = max(p[way], ranks[way])
     return Answer(text, *_sided(p, above))
 
 
@@ -361,31 +403,35 @@ def trend(
     levels: Sequence[Any],
     where: Where | None = None,
 ) -> Answer:
-    """Kendall's rank correlation of the column with the place of the level, over victims.
+    """Kendall's rank correlation of the column with the place of the level, over updates or runs.
 
     A study of the quick size has fewer levels: those not measured are left out, but three of several are a trend's least.
     """
     one_of("expect", expect, ("rises", "falls"))
     _check_listed(found, {**(where or {}), along: list(levels)}, column, attacker)
-    groups = [_once(found.values({**(where or {}), along: level}, column, attacker)).to_numpy() for level in levels]
-    groups = [group for group in groups if len(group)]
+
+    def at_each(*, perhaps: bool = False) -> list[np.ndarray]:
+        every = (_once(found.values({**(where or {}), along: level}, column, attacker, perhaps=perhaps)) for level in levels)
+        return [values.to_numpy() for values in every if len(values)]
+
+    groups = at_each()
     if len(groups) < min(3, len(levels)):
         raise NotMeasured
-    places = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-    values = np.concatenate(groups)
-    p = {way: float(stats.kendalltau(places, values, alternative=way).pvalue) for way in ("greater", "less")}
-    p = {way: 1.0 if math.isnan(one) else one for way, one in p.items()}  # all values are the same
+    p, lost = _kendall(groups), found.lost({**(where or {}), along: list(levels)}, column, attacker)
+    if lost and attacker == "adaptive":
+        perhaps = _kendall(at_each(perhaps=True))
+        p = {way: max(one, perhaps[way]) for way, one in p.items()}
     text = " → ".join(_number(column, group.mean()) for group in groups)
-    return Answer(f"{text}, n={len(values)}", *_sided(p, expect == "rises"))
+    return Answer(f"{text}, n={sum(map(len, groups))}{_not_converged(lost)}", *_sided(p, expect == "rises"))
 
 
 def correlation(found: Results, attacker: str | None, *, columns: Sequence[str], expect: str, where: Where | None = None) -> Answer:
-    """Over cells, of the medians of two columns; Fisher's z with the variance that Bonett and Wright (2000) give Spearman's."""
+    """Over settings, of the medians of two columns; Fisher's z with the variance that Bonett and Wright (2000) give Spearman's."""
     bound, above = _bound(expect)
     _check_listed(found, where or {}, columns[0], attacker)
     pairs: list[tuple[float, float]] = []
-    for cell in found.cells():
-        one, other = (cell.victims(where or {}, column, attacker) for column in columns)
+    for alike in found.of_settings():
+        one, other = (_once(alike.victims(where or {}, column, attacker)) for column in columns)
         if len(one):
             pairs.append((float(one.median()), float(other.median())))
     if len(pairs) < 5:
@@ -394,7 +440,7 @@ def correlation(found: Results, attacker: str | None, *, columns: Sequence[str],
     spread = math.sqrt((1 + rho**2 / 2) / (len(pairs) - 3))
     z = (math.atanh(np.clip(rho, -0.999999, 0.999999)) - math.atanh(bound)) / spread
     p = {"greater": float(stats.norm.sf(z)), "less": float(stats.norm.cdf(z))}
-    return Answer(f"rho = {rho:.2f} over {len(pairs)} cells", *_sided(p, above))
+    return Answer(f"rho = {rho:.2f} over {len(pairs)} settings", *_sided(p, above))
 
 
 CHECKS: dict[str, Any] = {
@@ -428,12 +474,26 @@ def _some(found: Results, where: Where, column: str, attacker: str | None, apart
 
 
 def _once(values: pd.Series) -> pd.Series:
-    """One value for each victim or run, the mean of those it has in several cells."""
-    return values.groupby(level=[name for name in values.index.names if name != "apart"]).mean() if len(values) else values
+    """One value for each update or run, the mean of its images and of those it has in several cells."""
+    one = [name for name in values.index.names if name not in ("apart", "image")]
+    return values.groupby(level=one).mean() if len(values) else values
+
+
+def _not_converged(lost: int) -> str:
+    return f", {lost} not converged" if lost else ""
+
+
+def _less(column: str) -> str:
+    """Which way a score goes where less leaks."""
+    return "greater" if column == "mse" else "less"
+
+
+def _other(way: str) -> str:
+    return "less" if way == "greater" else "greater"
 
 
 def _share(each: pd.Series, bound: float) -> dict[str, float]:
-    """One-sided p-values that the share is above and below a bound; a victim may pass in a part of its cells."""
+    """One-sided p-values that the share is above and below a bound; an update may pass in a part of its images and cells."""
     if not each.isin((0.0, 1.0)).all():
         return bounded_mean(each.to_numpy(), bound)
     return {way: float(stats.binomtest(int(each.sum()), len(each), bound, alternative=way).pvalue) for way in ("greater", "less")}
@@ -468,13 +528,36 @@ def _welch(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
     return {way: float(stats.ttest_ind(one, other, equal_var=False, alternative=way).pvalue) for way in ("greater", "less")}
 
 
+def _signs(differences: np.ndarray) -> dict[str, float]:
+    """One-sided p-values of the sign test."""
+    above, below = int((differences > 0).sum()), int((differences < 0).sum())
+    if not above + below:
+        return {"greater": 1.0, "less": 1.0}
+    return {way: float(stats.binomtest(above, above + below, alternative=way).pvalue) for way in ("greater", "less")}
+
+
+def _ranks(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """One-sided p-values of Mann and Whitney's test."""
+    return {way: float(stats.mannwhitneyu(one, other, alternative=way).pvalue) for way in ("greater", "less")}
+
+
+def _kendall(groups: Sequence[np.ndarray]) -> dict[str, float]:
+    """One-sided p-values that values rise and fall from group to group; 1 where all are the same."""
+    places = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    p = {way: float(stats.kendalltau(places, np.concatenate(groups), alternative=way).pvalue) for way in ("greater", "less")}
+    return {way: 1.0 if math.isnan(one) else one for way, one in p.items()}
+
+
 def _compared(
-    found: Results, attacker: str | None, column: str, of: Where, than: Where, where: Where | None
+    found: Results, attacker: str | None, column: str, of: Where, than: Where, where: Where | None, perhaps: Where | None = None
 ) -> tuple[str, list[np.ndarray]]:
-    """In words, and the differences of pairs where half of a side or more are in both, else the values of both."""
+    """In words, and the differences of pairs where half of a side or more are in both, else the values of both; `perhaps` is the
+    side whose searches that did not end are taken for having found everything."""
     asked = [{**(where or {}), **side} for side in (of, than)]
     apart = found.shared(*asked)
-    one, other = (_some(found, side, column, attacker, apart) for side in asked)
+    for side in asked:
+        _some(found, side, column, attacker)
+    one, other = (found.values({**(where or {}), **side}, column, attacker, apart, perhaps=side is perhaps) for side in (of, than))
     alike = set(one.index.unique("apart")) & set(other.index.unique("apart"))
     if not alike:
         raise NotMeasured
@@ -487,13 +570,12 @@ def _compared(
         one, other = pairs
     text = f"{_number(column, float(one.mean()))} against {_number(column, float(other.mean()))}"
     text += f", {len(one)} pairs" if paired else f", n={len(one)}, {len(other)}"
+    if any(lost := [found.lost(side, column, attacker) for side in asked]):
+        text += f", {lost[0]} and {lost[1]} not converged"
     if column == "accuracy":
         broken = [f"{lost} of {n} runs" for lost, n in map(found.unfinished, asked) if lost]
         text += f", {' and '.join(broken)} did not finish" if broken else ""
     return text, [(one - other).to_numpy()] if paired else [one.to_numpy(), other.to_numpy()]
-
-
-SHARES = ("token_accuracy", "tokens_found", "rouge1", "rouge2", "rougeL")  # scores between 0 and 1, often at an end of it
 
 
 def _number(column: str, value: float) -> str:
@@ -631,6 +713,7 @@ def summary(verdicts: Sequence[Verdict], caveats: Sequence[str] = ()) -> Summary
     notes = [
         f"{len(verdicts)} claims: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count),
         f"by one-sided tests at {LEVEL:.0%}, adjusted within each study (Holm); not reproduced: neither shown nor refuted",
+        "n, pairs and intervals are of updates, whose images are found or missed together, or of runs",
         *caveats,
     ]
     columns = ["row", "claim", "source", "published", "ours", "verdict"]

@@ -42,6 +42,7 @@ from experiments.summary import (
     seeds_of,
     sender,
     tables,
+    updates_of,
 )
 from fedsim.files import write_bytes
 from fedsim.observation import SUM
@@ -274,7 +275,7 @@ def _final(rounds: pd.DataFrame, victims: pd.DataFrame) -> pd.Series:
 
 def _rate(victims: pd.DataFrame) -> tuple[Rate, list[list[float]]]:
     """How many were stolen, and how far its interval reaches below and above the share."""
-    rate = Rate(int((victims["verdict"] == "stolen").sum()), len(victims))
+    rate = Rate(int((victims["verdict"] == "stolen").sum()), len(victims), updates_of(victims))
     low, high = rate.interval
     return rate, [[max(0.0, rate.share - low)], [max(0.0, high - rate.share)]]
 

@@ -10,7 +10,7 @@ from scipy import stats
 from attacks.metrics import BARS, Rate, success_rates
 from experiments.naming import contenders, without_defense
 from experiments.statistics import LEVEL
-from experiments.summary import KNOWING, PERFECT, VICTIM, of_text
+from experiments.summary import KNOWING, PERFECT, VICTIM, of_text, updates_of
 from fedsim.run import RunFolder
 
 LEAST = math.ceil(-math.log2(LEVEL))  # thefts that have to fail before a sign test can show anything: 2^-5 < 5 %
@@ -81,8 +81,9 @@ def _line(kind: str, attack: str, leaks: pd.DataFrame, every: pd.DataFrame) -> R
 
 def counts_of(victims: pd.DataFrame) -> Row:
     """How many of these victims one attacker stole from, with the 95 % interval of that share, and how close he came."""
-    rate = Rate(int((victims["verdict"] == "stolen").sum()), len(victims))
-    bars = {name: str(bar) for name, bar in success_rates(victims).items()} if "mse" in victims else {}
+    updates = updates_of(victims)
+    rate = Rate(int((victims["verdict"] == "stolen").sum()), len(victims), updates)
+    bars = {name: str(bar) for name, bar in success_rates(victims, updates=updates).items()} if "mse" in victims else {}
     return {
         "n": rate.n,
         "stolen": rate.passed,

@@ -44,6 +44,11 @@ def tables(folders: Sequence[RunFolder]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return _joined(rounds, ["accuracy", "defense", "run", "round"]).astype({"accuracy": float}), once
 
 
+def updates_of(victims: pd.DataFrame) -> int:
+    """Of how many updates these victims are the images."""
+    return len(victims[[key for key in VICTIM if key != "image"]].drop_duplicates())
+
+
 def named(folders: Sequence[RunFolder]) -> list[tuple[RunFolder, str]]:
     return list(zip(folders, contenders([folder.config for folder in folders]), strict=True))
 
@@ -195,7 +200,7 @@ def summarised(folders: Sequence[RunFolder]) -> Summary:
         for label, attack in itertools.product(in_order(here["defense"]), attacks) if len(here) else ():
             if len(victims := here[(here["defense"] == label) & (here["attack"] == attack)]):
                 rows.append([row_name(label, attack, attacks), *cells, *leaked(victims)])
-    notes = [note for note in (_compared(costs), _stopped(folders), _found(folders)) if note]
+    notes = [note for note in (_counted(leaks), _compared(costs), _stopped(folders), _found(folders)) if note]
     return Summary(title, columns, rows, _guesses(leaks, attacks[0], len(compared + proofs), text), notes)
 
 
@@ -222,6 +227,12 @@ def _cost(cost: Difference) -> str:
     """In percentage points, in two lines: the table is wide already."""
     mean, low, high = (f"{100 * value:+z.1f}" for value in (cost.mean, cost.low, cost.high))
     return f"{mean} [{low}, {high}]\n{cost.verdict}"
+
+
+def _counted(leaks: pd.DataFrame) -> str | None:
+    """What intervals count, in a line, where it is not images."""
+    several = len(leaks) > 0 and bool((leaks["image"] > 0).any())
+    return "intervals are of as many trials as there are updates, whose images are found or missed together" if several else None
 
 
 def _compared(costs: dict[str, Difference]) -> str | None:
@@ -279,7 +290,7 @@ def _leak_cells(victims: pd.DataFrame) -> list[str]:
     if not n:
         return [""] * 6
     lost = f"{int((victims['verdict'] == 'not converged').sum())}/{n}"
-    return [*_bars(victims), lost, _median(victims), f"{int(victims['label_right'].sum())}/{n}"]
+    return [*_bars(victims, updates=updates_of(victims)), lost, _median(victims), f"{int(victims['label_right'].sum())}/{n}"]
 
 
 def _text_cells(victims: pd.DataFrame) -> list[str]:
@@ -289,12 +300,12 @@ def _text_cells(victims: pd.DataFrame) -> list[str]:
     means = [f"{victims[score].mean():.0%}" for score in ("tokens_found", "token_accuracy", "rougeL")]
     verdicts = list(victims["verdict"])
     lost = f"{verdicts.count('not converged')}/{n}"
-    return [str(Rate(verdicts.count("stolen"), n)), *means, f"{int(victims['exact'].sum())}/{n}", lost]
+    return [str(Rate(verdicts.count("stolen"), n, updates_of(victims))), *means, f"{int(victims['exact'].sum())}/{n}", lost]
 
 
-def _bars(victims: pd.DataFrame, of: str = "") -> list[str]:
+def _bars(victims: pd.DataFrame, of: str = "", updates: int | None = None) -> list[str]:
     """How many pass each bar, with 95 % Wilson intervals; n is in the first cell."""
-    first, *others = success_rates(victims, of).values()
+    first, *others = success_rates(victims, of, updates).values()
     return [str(first), *(str(rate).replace(f"/{rate.n}", "") for rate in others)]
 
 

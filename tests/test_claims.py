@@ -17,19 +17,20 @@ from experiments.config import compose
 class Cell:
     """A finished run's folder, as far as claims read it: its configuration, its rounds and its leaks."""
 
-    def __init__(self, overrides, victims, accuracy=0.5, converged=True):
+    def __init__(self, overrides, victims, accuracy=0.5, converged=True, images=1):
+        """`victims` gives decibels by attacker, of updates of so many images; `converged` one truth for all or one for each."""
         self.config = compose(overrides)
         rows = [
             {
                 "attack": self.config["choices"]["attack"] + "_adaptive" * (who == "adaptive"),
                 "attacker": who,
                 "round": 1,
-                "client": i,
-                "image": 0,
+                "client": i // images,
+                "image": i % images,
                 "mse": 10 ** (-db / 10),
                 "psnr_db": db,
                 "ssim": 0.5,
-                "converged": converged,
+                "converged": converged if isinstance(converged, bool) else converged[i],
             }
             | {"label_right": True, "first_layer_error": 0.1}
             for who, decibels in victims.items()
@@ -105,8 +106,8 @@ def test_differences_are_paired_where_victims_are_the_same():
     assert said.ours.endswith("6 pairs")
 
 
-def noisy(defense, variance, decibels):
-    return Cell([f"defense={defense}", "defense.relative=null", f"defense.variance={variance}"], {"naive": decibels})
+def noisy(defense, variance, decibels, *more, attacker="naive"):
+    return Cell([f"defense={defense}", "defense.relative=null", f"defense.variance={variance}", *more], {attacker: decibels})
 
 
 def test_two_sides_are_compared_in_cells_that_are_alike_in_all_other_settings():
@@ -142,11 +143,84 @@ def test_a_victim_counts_once_in_however_many_cells_it_is():
     one = claim("rate", of="MSE < 0.03", expect=">= 0.5")
     (said,) = verify([one], {"dlg-noise": cells})
     assert said.verdict == OPEN  # 8 of 8 would be 0.4 %
-    assert said.ours == "8/8 = 100% [51%, 100%], 4 victims"
+    assert said.ours == "8/8 = 100% [51%, 100%], 4 updates"
     others = Cell(["data=svhn"], {"naive": GOOD[:4]})  # of the same places, and other images
     assert verdict(one, cells[0], others) == HOLDS
     (said,) = verify([claim("mean", of="psnr_db", expect=">= 20")], {"dlg-noise": cells})
     assert said.ours.endswith("n=4")
+
+
+def test_images_of_one_update_are_one_trial():
+    batch = Cell(["federation.batch_size=4"], {"naive": GOOD}, images=4)
+    (said,) = verify([claim("rate", of="MSE < 0.03", expect=">= 0.5")], {"dlg-noise": [batch]})
+    assert said.verdict == OPEN
+    assert said.ours == "8/8 = 100% [34%, 100%], 2 updates"
+    (said,) = verify([claim("mean", of="psnr_db", expect=">= 20")], {"dlg-noise": [batch]})
+    assert said.ours.endswith("n=2")
+    behind = Cell(["federation.batch_size=4", "defense=fp16"], {"naive": BAD}, images=4)
+    one = claim("difference", column="psnr_db", of={"defense": "fp16"}, than={"defense": "none"}, expect="<= 0")
+    (said,) = verify([one], {"dlg-noise": [batch, behind]})
+    assert said.ours.endswith("2 pairs")
+    larger = [Cell([f"federation.batch_size={n}"], {"naive": np.array(GOOD) - 2 * n}, images=n) for n in (1, 2, 4)]
+    along = claim("trend", column="psnr_db", along="federation.batch_size", levels=[1, 2, 4], expect="falls")
+    (said,) = verify([along], {"dlg-noise": larger})
+    assert said.ours.endswith("n=14")
+
+
+def test_seeds_of_a_setting_are_one_point_of_a_correlation():
+    cells = [noisy("gaussian", 10.0**-level, np.array(GOOD) - 3 * level, f"seed={seed}") for level in range(6) for seed in range(3)]
+    for i, cell in enumerate(cells):
+        cell._leaks["first_layer_error"] = -float(i // 3) + (i % 3) / 10
+    one = claim("correlation", columns=["first_layer_error", "mse"], expect="<= -0.5")
+    (said,) = verify([one], {"dlg-noise": cells})
+    assert said.ours == "rho = -1.00 over 6 settings"
+    assert said.verdict == HOLDS
+    assert verdict(one, *cells[:12]) == MISSING  # four settings, in however many cells
+
+
+def test_what_leaks_less_leaks_less_though_searches_that_did_not_end_had_found_everything():
+    half = [True] * 4 + [False] * 4
+    less = {"column": "psnr_db", "of": {"defense": "fp16"}, "than": {"defense": "none"}, "expect": "<= 0"}
+    more = less | {"of": {"defense": "none"}, "than": {"defense": "fp16"}, "expect": ">= 0"}
+
+    def said(attacker, settings, converged, where=GOOD):
+        cells = Cell(["defense=fp16"], {attacker: BAD}, converged=converged), Cell([], {attacker: where})
+        (one,) = verify([claim("difference", attacker, **settings)], {"dlg-noise": cells})
+        return one.verdict, one.ours.rpartition("pairs")[2]
+
+    for settings in (less, more):
+        lost = ", 4 and 0 not converged" if settings is less else ", 0 and 4 not converged"
+        assert said("adaptive", settings, converged=True) == (HOLDS, "")
+        assert said("adaptive", settings, converged=half) == (OPEN, lost)
+        assert said("adaptive", settings, converged=[False] + [True] * 7) == (HOLDS, lost.replace("4", "1"))
+        assert said("naive", settings, converged=half) == (HOLDS, lost)  # the same budget gave him no more
+    leaks = less | {"expect": ">= 0"}
+    assert said("adaptive", leaks, converged=True)[0] == REFUTED
+    assert said("adaptive", leaks, converged=half)[0] == OPEN
+
+
+def test_means_and_trends_mind_searches_that_did_not_end():
+    never = [False] * 8
+    found = claim("mean", of="psnr_db", expect=">= 20"), claim("mean", of="mse", expect="<= 0.01")
+    for one in found:
+        assert verdict(one, Cell([], {"naive": BAD})) == REFUTED
+        assert verdict(one, Cell([], {"naive": BAD}, converged=False)) == OPEN
+        assert verdict(one, Cell([], {"naive": GOOD}, converged=False)) == HOLDS
+    hidden = claim("mean", "both", of="psnr_db", expect="<= 20")
+    assert verdict(hidden, Cell([], {"naive": BAD, "adaptive": BAD})) == HOLDS
+    assert verdict(hidden, Cell([], {"naive": BAD, "adaptive": BAD}, converged=False)) == OPEN
+    levels = [1e-4, 1e-3, 1e-2]
+    rows = {"column": "psnr_db", "along": "defense.variance", "levels": levels, "expect": "falls"}
+
+    def along(attacker, converged):
+        last = Cell(["defense=gaussian", "defense.relative=null", "defense.variance=0.01"], {attacker: BAD}, converged=converged)
+        cells = [noisy("gaussian", v, GOOD, attacker=attacker) for v in levels[:2]]
+        (said,) = verify([claim("trend", attacker, **rows)], {"dlg-noise": [*cells, last]})
+        return said.verdict, said.ours.partition("n=24")[2]
+
+    assert along("adaptive", True) == (HOLDS, "")
+    assert along("adaptive", never) == (OPEN, ", 8 not converged")
+    assert along("naive", never) == (HOLDS, ", 8 not converged")
 
 
 def test_what_was_made_of_a_cell_later_by_another_attack_answers_nothing():

@@ -135,6 +135,15 @@ def test_success_is_counted_at_three_bars_with_n_and_an_interval() -> None:
     assert str(rates["> 20 dB"]) == "1/4, 5-70 %"
 
 
+def test_images_of_one_update_make_no_interval_narrower() -> None:
+    scores = {"mse": [0.0] * 6 + [1.0] * 6}
+    single, batched, whole = (metrics.success_rates(scores, updates=updates)["MSE < 0.03"] for updates in (None, 3, 12))
+    assert single.interval == whole.interval == metrics.wilson(6, 12)
+    assert batched.interval == metrics.wilson(1.5, 3)
+    assert batched.share == 0.5
+    assert str(metrics.Rate(12, 12, 3)) == "12/12, 44-100 %"
+
+
 def test_success_of_a_baseline_is_counted_under_its_prefix_and_bars_without_scores_are_left_out() -> None:
     rates = metrics.success_rates({"mse": [1.0], "grey_mse": [0.01], "grey_psnr_db": [20.1]}, "grey_")
     assert {name: rate.passed for name, rate in rates.items()} == {"MSE < 0.03": 1, "> 20 dB": 1}

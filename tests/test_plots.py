@@ -29,12 +29,24 @@ def leaks() -> pd.DataFrame:
             "defense": name + (summary.KNOWING if who == "adaptive" else ""),
             "attacker": who,
             "psnr_db": 10.0 + i + 5 * (who == "adaptive"),
+            "client": client,
         }
         for i, name in enumerate(["none", *NAMES])
         for who in (("naive", "adaptive") if i else ("naive",))
-        for _ in range(2)
+        for client in range(2)
     ]
-    about = {"attack": "dlg", "round": 1, "run": "here", "verdict": "stolen", "converged": True, "mean_image_psnr_db": 13.0}
+    about = {
+        "under": "",
+        "seed": 0,
+        "seen": "update",
+        "image": 0,
+        "attack": "dlg",
+        "round": 1,
+        "run": "here",
+        "verdict": "stolen",
+        "converged": True,
+        "mean_image_psnr_db": 13.0,
+    }
     return pd.DataFrame(rows).assign(**about)
 
 

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from attacks.metrics import wilson
 from experiments import ranking
 
 
@@ -80,7 +81,9 @@ def test_each_attacker_is_held_against_himself():
 def test_images_of_one_update_are_no_trials_of_their_own():
     every = leaks_of(none=[1] * 8, naive=[0] * 8, adaptive=[0] * 8)
     batch = every.assign(image=every["client"], client=0)
-    assert ranking._line("A", "dlg", batch[~batch["bare"]], batch)["says"].startswith("too few to tell")
+    row = ranking._line("A", "dlg", batch[~batch["bare"]], batch)
+    assert row["says"].startswith("too few to tell")
+    assert row["by"]["naive"]["interval"] == list(wilson(0, 1))
     pairs = every.assign(image=every["client"] % 2, client=every["client"] // 2)
     assert ranking._line("A", "dlg", pairs[~pairs["bare"]], pairs)["says"].startswith("too few to tell")
     many = leaks_of(none=[1] * 12, naive=[0, 1] * 6, adaptive=[0, 1] * 5 + [1, 1])  # of six updates half, of the last none
