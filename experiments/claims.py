@@ -248,9 +248,10 @@ class Results:
             return self.runs(where, column, apart)
         return self.victims(where, column, attacker, apart, perhaps=perhaps)
 
-    def lost(self, where: Where, column: str, attacker: str | None) -> int:
-        """How many searches for what is selected did not end, if the column says how much they found."""
-        return int((self.victims(where, "converged", attacker) == 0).sum()) if column in FOUND else 0
+    def lost(self, where: Where, column: str, attacker: str | None) -> tuple[int, int]:
+        """How many searches for what is selected did not end, of how many; of none if the column does not say what they found."""
+        searches = self.victims(where, "converged", attacker) if column in FOUND else pd.Series(dtype=float)
+        return int((searches == 0).sum()), len(searches)
 
 
 def _own(folder: RunFolder) -> pd.DataFrame:
@@ -345,7 +346,7 @@ def rate(
     text += f" = {passed.mean():.0%} [{low:.0%}, {high:.0%}]" + (f", {len(each)} updates" if len(each) < len(passed) else "")
     p = _share(each, bound)
     if of in FOUND and (perhaps := found.victims(where, of, who, perhaps=True)).sum() > passed.sum():
-        text += _not_converged(int((perhaps - passed).sum()))
+        text += f", {int((perhaps - passed).sum())} not converged"
         if above or attacker == "adaptive":  # of protection, or that nothing leaks, these say nothing
             p["less"] = _share(_once(perhaps), bound)["less"]
     return Answer(text, *_sided(p, above))
@@ -357,7 +358,7 @@ def mean(found: Results, attacker: str | None, *, of: str, expect: str, where: W
     values = _once(_some(found, where, of, attacker)).to_numpy()
     p = bounded_mean(values, bound) if of in SHARES else _t(values - bound)
     lost = found.lost(where, of, attacker)
-    if lost and (above == (less == "less") or attacker == "adaptive"):
+    if lost[0] and (above == (less == "less") or attacker == "adaptive"):
         perhaps = _once(found.victims(where, of, attacker, perhaps=True)).to_numpy()
         p[less] = max(p[less], _signs(perhaps - bound)[less])
     return Answer(_told(of, values) + _not_converged(lost), *_sided(p, above))
@@ -373,7 +374,7 @@ def difference(
     if attacker == "adaptive" and column in FOUND:
         less = _less(column)
         for way, perhaps in ((less, of), (_other(less), than)):  # the side that would leak less may have leaked all the same
-            if found.lost({**(where or {}), **perhaps}, column, attacker):
+            if found.lost({**(where or {}), **perhaps}, column, attacker)[0]:
                 _, values = _compared(found, attacker, column, of, than, where, perhaps)
                 ranks = _signs(values[0] - bound) if len(values) == 1 else _ranks(values[0] - bound, values[1])
                 p[way] = max(p[way], ranks[way])
@@ -418,7 +419,7 @@ def trend(
     if len(groups) < min(3, len(levels)):
         raise NotMeasured
     p, lost = _kendall(groups), found.lost({**(where or {}), along: list(levels)}, column, attacker)
-    if lost and attacker == "adaptive":
+    if lost[0] and attacker == "adaptive":
         perhaps = _kendall(at_each(perhaps=True))
         p = {way: max(one, perhaps[way]) for way, one in p.items()}
     text = " → ".join(_number(column, group.mean()) for group in groups)
@@ -479,8 +480,9 @@ def _once(values: pd.Series) -> pd.Series:
     return values.groupby(level=one).mean() if len(values) else values
 
 
-def _not_converged(lost: int) -> str:
-    return f", {lost} not converged" if lost else ""
+def _not_converged(*sides: tuple[int, int]) -> str:
+    """In words, of how many searches of each side how many did not end; empty where all did."""
+    return f", not converged: {' and '.join(f'{lost}/{n}' for lost, n in sides)}" if any(lost for lost, _ in sides) else ""
 
 
 def _less(column: str) -> str:
@@ -570,8 +572,7 @@ def _compared(
         one, other = pairs
     text = f"{_number(column, float(one.mean()))} against {_number(column, float(other.mean()))}"
     text += f", {len(one)} pairs" if paired else f", n={len(one)}, {len(other)}"
-    if any(lost := [found.lost(side, column, attacker) for side in asked]):
-        text += f", {lost[0]} and {lost[1]} not converged"
+    text += _not_converged(*(found.lost(side, column, attacker) for side in asked))
     if column == "accuracy":
         broken = [f"{lost} of {n} runs" for lost, n in map(found.unfinished, asked) if lost]
         text += f", {' and '.join(broken)} did not finish" if broken else ""

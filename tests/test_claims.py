@@ -189,10 +189,10 @@ def test_what_leaks_less_leaks_less_though_searches_that_did_not_end_had_found_e
         return one.verdict, one.ours.rpartition("pairs")[2]
 
     for settings in (less, more):
-        lost = ", 4 and 0 not converged" if settings is less else ", 0 and 4 not converged"
+        lost = ", not converged: 4/8 and 0/8" if settings is less else ", not converged: 0/8 and 4/8"
         assert said("adaptive", settings, converged=True) == (HOLDS, "")
         assert said("adaptive", settings, converged=half) == (OPEN, lost)
-        assert said("adaptive", settings, converged=[False] + [True] * 7) == (HOLDS, lost.replace("4", "1"))
+        assert said("adaptive", settings, converged=[False] + [True] * 7) == (HOLDS, lost.replace("4/", "1/"))
         assert said("naive", settings, converged=half) == (HOLDS, lost)  # the same budget gave him no more
     leaks = less | {"expect": ">= 0"}
     assert said("adaptive", leaks, converged=True)[0] == REFUTED
@@ -219,8 +219,8 @@ def test_means_and_trends_mind_searches_that_did_not_end():
         return said.verdict, said.ours.partition("n=24")[2]
 
     assert along("adaptive", True) == (HOLDS, "")
-    assert along("adaptive", never) == (OPEN, ", 8 not converged")
-    assert along("naive", never) == (HOLDS, ", 8 not converged")
+    assert along("adaptive", never) == (OPEN, ", not converged: 8/24")
+    assert along("naive", never) == (HOLDS, ", not converged: 8/24")
 
 
 def test_what_was_made_of_a_cell_later_by_another_attack_answers_nothing():
