@@ -18,8 +18,9 @@ from attacks.escalation import Escalation, Where
 from attacks.evidence import Unsupported, size_of, views
 from attacks.generative import GenerativePrior
 from attacks.hidden_noise import hidden_noises
-from attacks.matching import GradientMatching, Plan, Problems, in_chunks
+from attacks.matching import GradientMatching
 from attacks.optimizers import Stop
+from attacks.problems import Plan, Problems, in_chunks
 from attacks.terms import CosineGap, TotalVariation
 from attacks.unmixing import Undone, Unmixed
 from fedsim.defense import Defense, Mixing, Reversible, State, batch_parts, hooks_of

@@ -16,8 +16,9 @@ from torch.func import functional_call, vmap
 
 from attacks.batching import alike, streams
 from attacks.decoder import Decoder, draw, row_of
-from attacks.matching import CHUNK, GradientMatching, Plan
+from attacks.matching import GradientMatching
 from attacks.optimizers import Adam, minimise
+from attacks.problems import CHUNK, Plan
 from attacks.terms import Prior
 from fedsim.checks import number, whole
 from fedsim.models import Default

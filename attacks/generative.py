@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from attacks.batching import alike, streams
 from attacks.decoder import Decoder, draw, row_of
-from attacks.matching import MEMORY, GradientMatching, Plan, Problems, in_chunks
+from attacks.matching import GradientMatching
 from attacks.optimizers import LBFGS, Optimizer, minimise
+from attacks.problems import MEMORY, Plan, Problems, in_chunks
 from fedsim.checks import number, whole
 from fedsim.data import Images, cache
 from fedsim.models import Default

@@ -167,7 +167,7 @@ def dlg(data: Dataset, arguments: argparse.Namespace) -> None:
         if arguments.one_by_one:
             # The starts that the engine draws itself, see GradientMatching.__call__.
             seed = int(torch.randint(2**62, (), generator=generator(0, "attack")))
-            plan = attacks.matching.Plan.of(v.seen[0], v.known, False)
+            plan = attacks.problems.Plan.of(v.seen[0], v.known, False)
             outcomes = []
             for i in range(min(arguments.one_by_one, len(v.seen))):
                 start = attack._starts(plan, v.known, generator(seed, "start", 1, i, 0), None)[0].to(arguments.device)

@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, grad_and_value, jvp, vmap
 
 import attacks
 from attacks.lanes import library
-from attacks.matching import Plan, Problems
+from attacks.problems import Plan, Problems
 from fedsim.data import load
 from fedsim.models import lenet
 from fedsim.observation import Knowledge, Observation

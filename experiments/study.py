@@ -277,7 +277,7 @@ def lots(cells: dict[str, Config], workers: int = 1) -> list[dict[str, Config]]:
     more than leaves every worker a share. On a CPU the victims of a large network are no faster together, and alone less is lost
     when a study is killed.
     """
-    from attacks.matching import SMALL
+    from attacks.problems import SMALL
     from experiments.estimate import parameters
     from fedsim.setup import device_of
 

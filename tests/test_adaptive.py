@@ -11,7 +11,7 @@ import attacks
 from attacks import Rehearsed, adapted, metrics
 from attacks.evidence import believed, completed, views
 from attacks.labels import labels_behind
-from attacks.matching import Plan, Problems
+from attacks.problems import Plan, Problems
 from attacks.terms import CosineGap
 from defenses import (
     DPSGD,

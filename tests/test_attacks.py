@@ -317,7 +317,7 @@ def test_the_truth_explains_the_update_to_the_last_bit_of_float32() -> None:
     # A start at the truth stays there.
     known = Knowledge(SHAPE, CLASSES, labels=labels)
     attack = GradientMatching(labels="given", optimizer=LBFGS(1), stop=Stop())
-    group = attacks.matching.Problems.of(seen, attacks.matching.Plan.of(seen[0], known, False), known, model, attack)
+    group = attacks.problems.Problems.of(seen, attacks.problems.Plan.of(seen[0], known, False), known, model, attack)
     group.labels = torch.stack(labels)
     loss_there, slope = group.evaluate(images[0].reshape(1, -1), torch.zeros(1, dtype=torch.int64))
     assert float(loss_there) < 1e-12

@@ -7,7 +7,7 @@ from torch import nn
 import attacks
 from attacks import CosineGap, GaussianGap, SquaredAndAbsoluteGap, SquaredGap
 from attacks.factored import LARGE, Factored, gradients_of
-from attacks.matching import Plan, Problems
+from attacks.problems import Plan, Problems
 from defenses import Clip, NoDefense, Partial, StochasticQuantization, UniformQuantization
 from fedsim.models import mcmahan_cnn
 from fedsim.observation import Knowledge, Observation

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import attacks
 from attacks import LBFGS, Adam, GradientMatching, metrics
 from attacks.hidden_noise import as_buffers, hidden_noises, in_front_of_noise, sampled
-from attacks.matching import Plan, Problems
+from attacks.problems import Plan, Problems
 from experiments.cli import main
 from fedsim.models import Classifier, ConvolutionalBottleneck, Dropout, Precode, Xavier, lenet, mcmahan_cnn, mlp_2nn
 from fedsim.observation import Knowledge, Observation

@@ -13,8 +13,8 @@ from torch.func import functional_call
 import attacks
 from attacks import LBFGS, SGD, Adam, CosineGap, GaussianGap, GradientMatching, SquaredPixels, Stop, metrics
 from attacks.evidence import believed, gradient_of, views
-from attacks.matching import Plan, Problems
 from attacks.optimizers import RUNNING, minimise
+from attacks.problems import Plan, Problems
 from defenses import UniformQuantization
 from fedsim.data import Images
 from fedsim.models import Precode, lenet
