@@ -465,10 +465,12 @@ def _check_listed(found: Results, where: Where, column: str, attacker: str | Non
                 raise NotMeasured
 
 
-def _some(found: Results, where: Where, column: str, attacker: str | None, apart: Sequence[str] = ()) -> pd.Series:
+def _some(
+    found: Results, where: Where, column: str, attacker: str | None, apart: Sequence[str] = (), *, perhaps: bool = False
+) -> pd.Series:
     """The values of what is selected. Raises NotMeasured where there are none, or not of all that a list asks for."""
     _check_listed(found, where, column, attacker)
-    values = found.values(where, column, attacker, apart)
+    values = found.values(where, column, attacker, apart, perhaps=perhaps)
     if not len(values):
         raise NotMeasured
     return values
@@ -557,9 +559,7 @@ def _compared(
     side whose searches that did not end are taken for having found everything."""
     asked = [{**(where or {}), **side} for side in (of, than)]
     apart = found.shared(*asked)
-    for side in asked:
-        _some(found, side, column, attacker)
-    one, other = (found.values({**(where or {}), **side}, column, attacker, apart, perhaps=side is perhaps) for side in (of, than))
+    one, other = (_some(found, {**(where or {}), **side}, column, attacker, apart, perhaps=side is perhaps) for side in (of, than))
     alike = set(one.index.unique("apart")) & set(other.index.unique("apart"))
     if not alike:
         raise NotMeasured
