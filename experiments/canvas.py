@@ -84,6 +84,8 @@ _METADATA: dict[str, dict[str, Any]] = {
 @styled
 def save(figure: Figure, path: Path, alt: str = "", formats: Sequence[str] = ("png", "svg")) -> Path:
     """Writes a figure in each of `formats` with `alt`, what it shows in words, as its description; returns the first file."""
+    figure.draw_without_rendering()  # lays it out, once for all formats
+    figure.set_layout_engine(None)  # not "none", for which matplotlib draws each once more
     for form in formats:
         about = _METADATA[form] | ({"Subject" if form == "pdf" else "Description": alt} if alt else {})
         write_with(path.with_suffix(f".{form}"), lambda name, about=about: figure.savefig(name, metadata=about))  # type: ignore[misc]

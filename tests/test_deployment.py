@@ -97,7 +97,7 @@ class Deployed:
     errors: list[BaseException] = dataclasses.field(default_factory=list)
 
 
-def wait_for(what: Any, seconds: float = 200.0) -> None:
+def wait_for(what: Any, seconds: float = 600.0) -> None:
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, "it did not happen in time"
