@@ -232,7 +232,8 @@ def _cost(cost: Difference) -> str:
 def _counted(leaks: pd.DataFrame) -> str | None:
     """What intervals count, in a line, where it is not images."""
     several = len(leaks) > 0 and bool((leaks["image"] > 0).any())
-    return "intervals are of as many trials as there are updates, whose images are found or missed together" if several else None
+    told = "intervals of attackers are of as many trials as there are updates, whose images are found or missed together"
+    return told if several else None
 
 
 def _compared(costs: dict[str, Difference]) -> str | None:
