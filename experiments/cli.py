@@ -397,7 +397,8 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
     from experiments.leaderboard import write
     from fedsim.run import iterate
 
-    print(f"  {arguments.out}  {write(iterate(arguments.runs), arguments.out, arguments.command_line)} defenses")
+    count = write(iterate(arguments.runs), arguments.out, arguments.command_line)
+    print(f"  {arguments.out}  {count} {'defense' if count == 1 else 'defenses'}")
     return 0
 
 
