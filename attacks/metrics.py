@@ -245,7 +245,7 @@ class Rate:
     @property
     def interval(self) -> tuple[float, float]:
         trials = self.updates or self.n
-        return wilson(self.share * trials, trials)
+        return wilson(self.passed * trials / self.n, trials)  # exactly `passed` where trials are images
 
     def __str__(self) -> str:
         low, high = self.interval

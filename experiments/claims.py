@@ -373,7 +373,8 @@ def difference(
     p = _t(values[0] - bound, column == "accuracy") if len(values) == 1 else _welch(values[0] - bound, values[1])
     if attacker == "adaptive" and column in FOUND:
         less = _less(column)
-        for way, perhaps in ((less, of), (_other(less), than)):  # the side that would leak less may have leaked all the same
+        more = "less" if less == "greater" else "greater"
+        for way, perhaps in ((less, of), (more, than)):  # the side that would leak less may have leaked all the same
             if found.lost({**(where or {}), **perhaps}, column, attacker)[0]:
                 _, values = _compared(found, attacker, column, of, than, where, perhaps)
                 ranks = _signs(values[0] - bound) if len(values) == 1 else _ranks(values[0] - bound, values[1])
@@ -384,7 +385,7 @@ def difference(
 def equivalent(
     found: Results, attacker: str | None, *, column: str, of: Where, than: Where, margin: float, where: Where | None = None
 ) -> Answer:
-    """Two one-sided t-tests (TOST); it fails where the difference is beyond the margin on one side."""
+    """Two one-sided t-tests (TOST) of what was reached; it fails where the difference is beyond the margin on one side."""
     text, values = _compared(found, attacker, column, of, than, where)
 
     def shifted(by: float) -> dict[str, float]:
@@ -490,10 +491,6 @@ def _not_converged(*sides: tuple[int, int]) -> str:
 def _less(column: str) -> str:
     """Which way a score goes where less leaks."""
     return "greater" if column == "mse" else "less"
-
-
-def _other(way: str) -> str:
-    return "less" if way == "greater" else "greater"
 
 
 def _share(each: pd.Series, bound: float) -> dict[str, float]:
