@@ -537,7 +537,7 @@ def _undone(
 
     found = replace(knowing, attack=matching)(seen, told, model, generator(0, "claim"))
     last = made[number - 1 :: number]
-    # A permutation may leave an image as it is, and exact inversion finds it to the last bit.
+    # MixUp's permutation may leave an image as it is, and exact inversion finds it to the last bit.
     found_as, before, after = (psnr(*pair).clamp(max=60) for pair in ((last, trained), (naive, truth), (found, truth)))
     stolen = [int((scores > BAR).sum()) for scores in (before, after)]
     print(

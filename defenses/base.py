@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fedsim.defense import (
     Guarantee,
     Private,
     State,
+    declares,
     is_followed,
     mixes,
     parts_of,
@@ -147,11 +148,17 @@ class Chain:
         return self._told(packets, beliefs, before)
 
     def _told(self, packets: Packets, beliefs: Mapping[str, Belief], before: Packets | None) -> Beliefs:
-        *others, last = self.parts
-        told = told_by(last, packets, beliefs, before)
-        for part in reversed(others):
-            told = told_by(part, packets, told)
+        told: Beliefs = dict(beliefs)
+        for i, part in reversed(list(enumerate(self.parts))):
+            told = told_by(part, packets, told, before if i == len(self.parts) - 1 else None)
+            if declares(part, "fills") and any(declares(earlier, "drops") for earlier in self.parts[:i]):
+                told = {name: _hidden(belief) for name, belief in told.items()}
         return told
+
+
+def _hidden(belief: Belief) -> Belief:
+    """Of a tensor in which nobody sees which entries were dropped, as all were sent since: what is 0 may have been dropped."""
+    return replace(belief.unbounded(belief.value != 0), weight=belief.weight * (belief.value != 0))
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,8 @@ class ErrorFeedback:
     """
 
     inner: Defense
+
+    fills: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not _is_defense(self.inner):

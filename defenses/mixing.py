@@ -55,7 +55,8 @@ class InstaHide(Untouched):
 
     The paper's pixels lie in [-1, 1], where a sign is a reflection about 0; here they lie in [0, 1], and the same mask replaces a
     pixel p of the mixture by 1 - p in half of the places. Weights are uniform on those that add up to 1 and are at most `largest`.
-    Each image is mixed with `k` - 1 others of its batch, not of the whole data set. Carlini et al. (2021) undo it.
+    Each image is mixed with `k` - 1 others of its batch, not of the whole data set, and is in `k` mixtures. Of a batch of fewer
+    images all are mixed; where so few cannot keep to `largest`, nothing bounds their weights. Carlini et al. (2021) undo it.
     """
 
     k: int = 4
@@ -66,7 +67,7 @@ class InstaHide(Untouched):
     def __post_init__(self) -> None:
         whole("k", self.k)
         number("largest", self.largest, 0, 1, above=True)
-        if self.k > 1 and self.largest * self.k <= 1.05:
+        if self.k > 1 and not self._can_add_up(self.k):
             raise ValueError(
                 f"weights of {self.k} images add up to 1: largest must be well above {1 / self.k:g}, got {self.largest}"
             )
@@ -78,16 +79,23 @@ class InstaHide(Untouched):
         return torch.where(kept, pixels, 1 - pixels), mixed(mixture, probabilities(labels, classes))
 
     def mixture(self, size: int, rng: torch.Generator) -> Tensor:
-        weights = torch.stack([self._weights(rng) for _ in range(size)], 1)  # (k, B)
-        order = torch.stack([torch.arange(size), *(torch.randperm(size, generator=rng) for _ in range(self.k - 1))])
-        return torch.einsum("kb,kbi->bi", weights, torch.eye(size)[order])
+        k = min(self.k, size)
+        weights = torch.stack([self._weights(k, rng) for _ in range(size)], 1)  # (k, B)
+        # Permutations drawn one by one may meet, and mix an image with itself. Steps around a circle of all images do not.
+        circle, steps = torch.randperm(size, generator=rng), 1 + torch.randperm(size - 1, generator=rng)[: k - 1]
+        partners = [circle[(circle.argsort() + step) % size] for step in steps]
+        return torch.einsum("kb,kbi->bi", weights, torch.eye(size)[torch.stack([torch.arange(size), *partners])])
 
-    def _weights(self, rng: torch.Generator) -> Tensor:
-        if self.k == 1:
+    def _weights(self, k: int, rng: torch.Generator) -> Tensor:
+        if k == 1:
             return torch.ones(1)
+        largest = self.largest if self._can_add_up(k) else 1.0
         while True:  # one try in at most a few hundred is kept, see __post_init__
             # Exponential numbers over their sum are uniform on the simplex.
-            draws = -torch.log1p(-torch.rand(self.k, generator=rng, dtype=torch.float64))
+            draws = -torch.log1p(-torch.rand(k, generator=rng, dtype=torch.float64))
             weights = draws / draws.sum()
-            if float(weights.max()) <= self.largest:
+            if float(weights.max()) <= largest:
                 return weights.float()
+
+    def _can_add_up(self, k: int) -> bool:
+        return self.largest * k > 1.05

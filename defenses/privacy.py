@@ -140,6 +140,7 @@ class DPFedAvg:
 
     unit: ClassVar[str] = "client"
     rescales: ClassVar[bool] = True
+    takes_anything: ClassVar[bool] = True  # that a client fails would tell of it, and no noise would hide it
 
     def __post_init__(self) -> None:
         _checked(self)

@@ -1,6 +1,7 @@
 """Sparsification: only some entries are sent, with their places, whichever of indices or bitmap is shorter.
 
-What was not sent is known to be no larger than what was, if the largest are sent; an attacker sees which those are.
+What was not sent is known to be no larger than what was, if the largest are sent; an attacker sees which those are, unless a later
+defense sends all entries. Classes say so: one whose `drops` is true leaves entries out, one whose `fills` is true sends all places.
 """
 
 import math
@@ -81,6 +82,8 @@ class TopK:
     ratio: float
     scope: str = "tensor"
 
+    drops: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         number("ratio", self.ratio, 0, 1, above=True)
         one_of("scope", self.scope, ["tensor", "global"])
@@ -116,6 +119,8 @@ class RandomK(TensorByTensor):
     ratio: float
     scaled: bool = True
 
+    drops: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         number("ratio", self.ratio, 0, 1, above=True)
 
@@ -143,6 +148,8 @@ class Threshold(TensorByTensor):
 
     threshold: float
 
+    drops: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         number("threshold", self.threshold, 0)
 
@@ -165,6 +172,8 @@ class Pruning:
 
     share: float
     mode: str = "tensors"
+
+    drops: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         number("share", self.share, 0, 1)
@@ -215,6 +224,8 @@ class DeepGradientCompression:
     clip: float | None = None
     warmup: int = 4
 
+    drops: ClassVar[bool] = True
+    fills: ClassVar[bool] = True
     rescales: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

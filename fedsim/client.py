@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedsim.cores import one_thread
-from fedsim.defense import State, hooks_of
+from fedsim.defense import State, declares, hooks_of
 from fedsim.files import read_tensors, write_json, write_tensors
 from fedsim.inspection import Finding, Inspection, Refused
 from fedsim.records import ARRAYS, CONFIG, METRICS, SENDER, client_of, record, reply_of, tensors_of
@@ -76,14 +76,17 @@ def client_app(
                     proximal=float(order.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
                     hooks=hooks_of(setup.defense, setup.dataset.num_classes, setup.seed, round, client),
                 )
+        if not declares(setup.defense, "takes_anything") and not all(t.isfinite().all() for t in trained.update.values()):
+            # Some number formats would send a number in its place, and a memory would have it in all that is sent from then on.
+            raise ValueError("its update has entries that are no finite numbers: lower federation.lr")
         before = _recall(memory, client, round, setup, trained.update)
         packets, state = setup.defense(pack(trained.update), before, generator(setup.seed, "defense", round, client))
-        # What is no number would be in all that the client sends from then on.
-        _remember(memory, client, round, state if all(t.isfinite().all() for t in state.values()) else before)
         if secure:
-            return Message(masked_reply(context, setup, shares, packets, trained, buffers), reply_to=message)
-        examples = len(torch.cat(index).unique())
-        return Message(reply_of(packets, trained.buffers, examples, float(trained.loss), client), reply_to=message)
+            reply = masked_reply(context, setup, shares, packets, trained, buffers)
+        else:
+            reply = reply_of(packets, trained.buffers, len(torch.cat(index).unique()), float(trained.loss), client)
+        _remember(memory, client, round, state if all(t.isfinite().all() for t in state.values()) else before)
+        return Message(reply, reply_to=message)
 
     @app.evaluate()
     def evaluate_on_shard(message: Message, context: Context) -> Message:

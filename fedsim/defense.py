@@ -118,6 +118,11 @@ def parts_of(defense: object) -> tuple[object, ...]:
     return (*getattr(defense, "parts", ()), *([defense.inner] if hasattr(defense, "inner") else []))
 
 
+def declares(defense: object, what: str) -> bool:
+    """Whether a defense, or one that it is made of, says of its class that it `drops` or `fills` entries, or `takes_anything`."""
+    return bool(getattr(defense, what, False)) or any(declares(part, what) for part in parts_of(defense))
+
+
 def hooks_of(defense: object, classes: int, seed: int, round: int, client: int) -> Hooks:
     """What `defense` changes of a client's local training in a round, with streams of its own."""
     batch = gradients = None

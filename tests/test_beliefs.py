@@ -305,6 +305,16 @@ def test_what_was_not_sent_and_has_no_bounds_tells_nothing(defense):
     assert bool((beliefs["x"].high == torch.inf).all())
 
 
+@pytest.mark.parametrize(
+    "last", [ErrorFeedback(FloatFormat("fp16")), DeepGradientCompression(0.5)]
+)
+def test_what_was_dropped_before_all_entries_were_sent_tells_nothing(last):
+    """Nobody sees which places were dropped: what is 0 may have been."""
+    arrived, beliefs = told(Chain((TopK(0.1), last)), {"x": X})
+    assert beliefs["x"].weight.sum() == arrived["x"].dense().count_nonzero() < X.numel()
+    assert bool((beliefs["x"].high == torch.inf).all())
+
+
 def test_in_a_first_round_what_error_feedback_wraps_is_sound_of_the_update():
     defense = ErrorFeedback(UniformQuantization(16))
     arrived, _ = told(defense, {"x": X})
@@ -326,6 +336,11 @@ FOLLOWED = [
     *(DeepGradientCompression(0.3, momentum=m, clip=clip) for m, clip in ((0.0, None), (0.9, None), (0.9, 1.0))),
     *(Chain((UniformQuantization(64), last)) for last in (ErrorFeedback(TopK(0.3)), DeepGradientCompression(0.3))),
     Chain((ErrorFeedback(TopK(0.3)), UniformQuantization(8))),
+    *(
+        Chain((first, ErrorFeedback(FloatFormat("fp16"))))
+        for first in (TopK(0.3), RandomK(0.5), Threshold(0.5), Pruning(0.5, "entries"))
+    ),
+    *(Chain((TopK(0.3), last)) for last in (ErrorFeedback(SignSGD()), DeepGradientCompression(0.5), ErrorFeedback(TopK(0.6)))),
     Partial(ErrorFeedback(TopK(0.3)), ["a"]),
 ]
 

@@ -1,7 +1,7 @@
 """Deployment: real processes on loopback, TLS and keys. One federation of three SuperNodes is shared by all tests that look at one.
 
-In its second round the third SuperNode is killed. Meanwhile strangers knock, and what the first SuperNode sent is sent again.
-A second federation, with secure aggregation, is killed as a whole and resumed.
+It is killed as a whole in its second round, and resumed. In its third round the third SuperNode is killed. Meanwhile strangers
+knock, and what the first SuperNode sent is sent again. A second one, with secure aggregation, is killed where slow tests are run.
 """
 
 import contextlib
@@ -62,6 +62,7 @@ from fedsim.run import RunError, RunFolder
 ROOT = Path(__file__).parent.parent
 SETTINGS = ["data.train_size=31", "data.test_size=7", "device=cpu", "rounds=2", "evaluate.every=2", "federation.lr=0.3"]
 SETTINGS += ["defense=topk_ef", "attack=none", "tap.every=null", "tap.rounds=[1,2]", "tap.clients=all"]
+THREE_ROUNDS = [*SETTINGS, "strategy=fedadam", "rounds=3", "tap.rounds=[1,2,3]"]
 
 # Python runs this first in every process. In a SuperNode it is an attacker who sees into its TLS connection; and heartbeats are as
 # frequent as Flower allows, since a SuperLink takes a node for lost after two of them.
@@ -84,9 +85,16 @@ if any("flower-supernode" in word for word in sys.orig_argv):
 
 @dataclasses.dataclass
 class Deployed:
-    """What was seen of a deployment: folders, what it printed, logs by process, answers to what was sent again, all processes."""
+    """What was seen of a deployment.
+
+    As it was killed: its processes, the temporary files it left, the rounds it had finished. As it was resumed: its exit code, what
+    it printed, logs by process, answers to what was sent again, its processes, and its temporary folder with its mode.
+    """
 
     path: Path
+    killed: set[tuple[int, str]] = dataclasses.field(default_factory=set)
+    left: list[Path] = dataclasses.field(default_factory=list)
+    finished: list[int] = dataclasses.field(default_factory=list)
     code: int = -1
     printed: str = ""
     logs: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -126,8 +134,23 @@ def node_id(node: deploy.Started) -> int:
     return int(re.findall(r"SuperNode ID: (\d+)", node.log.read_text())[0])
 
 
+def kill(settings: Sequence[str], nodes: int, path: Path, files: Path) -> Deployed:
+    """Starts a deployment, kills it as a client has trained in the second round: by then its memory is ahead of the checkpoint."""
+    command = [sys.executable, "-m", "experiments.cli", "deploy", "--nodes", str(nodes)]
+    command += [*settings, f"out={path.parent}", f"name={path.name}"]
+    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"TMPDIR": str(files)})
+    try:
+        wait_for(lambda: driver.poll() is not None or list(path.glob("clients/*/round_000002.*")), 1000)
+        everybody = guard.family({driver.pid})
+    finally:
+        driver.kill()
+    assert driver.wait() == -signal.SIGKILL, "it had ended before"
+    wait_for(lambda: not everybody & guard.processes())
+    return Deployed(path, everybody, list(files.glob("fedsim-deploy-*")), list(RunFolder(path).rounds()["round"]))
+
+
 def meddle(up: deploy.Loopback, seen: Deployed, records: Path) -> None:
-    """Kills the third SuperNode when it has taken the second round's message; meanwhile knocks at the SuperLink's door."""
+    """Kills the third SuperNode when it has taken its second message to train; meanwhile knocks at the SuperLink's door."""
     third = up.nodes[2]
     wait_for(lambda: third.log.read_text().count("Receiving: train message") == 2)
     os.kill(third.process.pid, signal.SIGKILL)
@@ -178,9 +201,8 @@ def meddle(up: deploy.Loopback, seen: Deployed, records: Path) -> None:
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory) -> Deployed:
-    out, records, early = (tmp_path_factory.mktemp(name) for name in ("runs", "records", "early"))
+    out, records, early, files = (tmp_path_factory.mktemp(name) for name in ("runs", "records", "early", "files"))
     (early / "sitecustomize.py").write_text(EARLY)
-    seen = Deployed(out / "deployed")
     run = deploy.Loopback.run
 
     def disturbed(up: deploy.Loopback, told: Mapping[str, object]) -> Iterator[str]:
@@ -204,13 +226,22 @@ def deployed(tmp_path_factory) -> Deployed:
             seen.logs = {one.name: deploy.plain(one.log.read_text()) for one in up._all}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deploy.Loopback, "run", disturbed)
         patch.setenv("RECORDS", str(records))
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(early), os.environ.get("PYTHONPATH")])))
-        words = ["deploy", "--nodes", "3", *SETTINGS, f"out={out}", "name=deployed"]
-        seen.code = cli.main(words)
+        seen = kill(THREE_ROUNDS, 3, out / "deployed", files)
+        patch.setattr(deploy.Loopback, "run", disturbed)
+        seen.code = cli.main(["deploy", "--resume", str(seen.path)])
     assert not seen.errors, "\n".join([repr(seen.errors), *(f"--- {name}\n{log[-3000:]}" for name, log in seen.logs.items())])
     return seen
+
+
+@pytest.fixture(scope="module")
+def inline(tmp_path_factory) -> Path:
+    """The folder of the same run in one process, never stopped."""
+    out = tmp_path_factory.mktemp("inline")
+    same = ["federation.clients=3", "federation.per_round=3", "engine.workers=1", f"out={out}", "name=inline"]
+    assert cli.main(["run", *THREE_ROUNDS, *same]) == 0
+    return out / "inline"
 
 
 def bytes_in(path: Path) -> dict[str, object]:
@@ -220,16 +251,31 @@ def bytes_in(path: Path) -> dict[str, object]:
         return {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()} | {"": about}  # noqa: SIM118
 
 
-def test_captures_are_the_same_bytes_as_in_simulation(deployed, tmp_path):
-    same = ["federation.clients=3", "federation.per_round=3", "engine.workers=1", f"out={tmp_path}", "name=inline"]
-    assert cli.main(["run", *SETTINGS, *same]) == 0
-    lost = {Path("observations/round_00002/client_00002.safetensors"), Path("clients/client_00002/round_000002.safetensors")}
-    for kind, count in (("observations", 8), ("clients", 6)):
-        files = {path.relative_to(tmp_path / "inline") for path in (tmp_path / "inline" / kind).rglob("*.safetensors")}
+def test_captures_are_the_same_bytes_as_in_simulation(deployed, inline):
+    lost = {Path("observations/round_00003/client_00002.safetensors"), Path("clients/client_00002/round_000003.safetensors")}
+    for kind, count in (("observations", 12), ("clients", 6)):
+        files = {path.relative_to(inline) for path in (inline / kind).rglob("*.safetensors")}
         assert len(files) == count
         assert {path.relative_to(deployed.path) for path in (deployed.path / kind).rglob("*.safetensors")} == files - lost
         for file in sorted(files - lost):
-            assert bytes_in(deployed.path / file) == bytes_in(tmp_path / "inline" / file), file
+            assert bytes_in(deployed.path / file) == bytes_in(inline / file), file
+
+
+def assert_nothing_is_left(seen: Deployed, nodes: int) -> None:
+    assert len(seen.killed) >= 3 + 2 * nodes  # itself, the guard, SuperLink, the SuperNodes, a helper of each
+    assert seen.left == []
+    assert seen.finished == [0, 1]
+
+
+def test_a_deployment_that_is_killed_leaves_nothing_and_is_resumed_as_one_never_stopped(deployed, inline):
+    """Its third round begins with weights and memories of one that was not killed: its captures are the same, see above."""
+    assert_nothing_is_left(deployed, 3)
+    assert deployed.code == 0
+    mine, theirs = (RunFolder(path).rounds().drop(columns="seconds")[:3] for path in (deployed.path, inline))
+    pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
+    mine, theirs = (bytes_in(path / "before" / "checkpoint.safetensors") for path in (deployed.path, inline))
+    assert cast(dict[str, str], mine[""])["round"] == "2"
+    assert mine == theirs
 
 
 @pytest.mark.parametrize(
@@ -258,7 +304,7 @@ def test_flower_still_has_the_weak_points_that_the_threat_model_names(deployed):
 def test_what_was_sent_before_is_of_no_use_to_send_again(deployed):
     codes = {name: deployed.answers[name].status_code for name in deployed.answers if name not in WEAK}
     assert codes.pop("at once") == 200  # Flower takes it for the same reply: it is not counted twice, see the captures and this:
-    assert list(RunFolder(deployed.path).rounds()["clients"]) == [0, 3, 2]
+    assert list(RunFolder(deployed.path).rounds()["clients"]) == [0, 3, 3, 2]
     assert codes.pop("when the run is over") >= 400
     assert set(codes) == {"after five minutes", "in another's name", "with another time", "a fleet for nobody"}
     assert set(codes.values()) == {401}
@@ -267,10 +313,10 @@ def test_what_was_sent_before_is_of_no_use_to_send_again(deployed):
 def test_a_round_in_which_a_node_is_killed_ends_with_the_others_and_says_so(deployed):
     assert deployed.code == 0
     rounds = RunFolder(deployed.path).rounds()
-    assert list(rounds["failures"]) == [0, 0, 1]
-    assert "round 2: a client failed and is left out: client 2: " in (deployed.path / "log.txt").read_text()
+    assert list(rounds["failures"]) == [0, 0, 0, 1]
+    assert "round 3: a client failed and is left out: client 2: " in (deployed.path / "log.txt").read_text()
     assert "SuperNode 2 has ended: signal 9" in deployed.printed
-    assert "round    2/2" in deployed.printed
+    assert "round    3/3" in deployed.printed
 
 
 def test_nothing_is_left_of_a_deployment(deployed):
@@ -282,11 +328,11 @@ def test_nothing_is_left_of_a_deployment(deployed):
 
 def test_a_deployed_runs_folder_is_an_ordinary_one(deployed, capsys):
     assert cli.main(["attack", str(deployed.path), "attack=dlg", "attack.evaluations=3", "attacker=naive"]) == 0
-    assert len(RunFolder(deployed.path).leaks()) == 5
+    assert len(RunFolder(deployed.path).leaks()) == 8
     assert cli.main(["deploy", "--resume", str(deployed.path)]) == 0
-    assert "is finished: all 2 rounds are there" in capsys.readouterr().out
-    assert cli.main(["deploy", "--resume", str(deployed.path), "rounds=3"]) == 2
-    assert "leave out rounds=3" in capsys.readouterr().err
+    assert "is finished: all 3 rounds are there" in capsys.readouterr().out
+    assert cli.main(["deploy", "--resume", str(deployed.path), "rounds=4"]) == 2
+    assert "leave out rounds=4" in capsys.readouterr().err
 
 
 # Killed outright ------------------------------------------------------------------------------------------------------------------
@@ -321,47 +367,18 @@ def test_a_guard_ends_all_processes_and_removes_the_files_of_one_that_is_killed(
 
 
 # Secure aggregation sends each client four messages a round, and Flower starts a process for each: eight minutes on two cores.
-@pytest.mark.parametrize(
-    ("more", "nodes"),
-    [([], 2), pytest.param(["aggregation=secure", "aggregation.seeded=true"], 3, marks=pytest.mark.slow)],
-    ids=["plain", "secure"],
-)
-def test_a_deployment_that_is_killed_leaves_nothing_and_goes_on_to_the_end_of_one_never_stopped(more, nodes, tmp_path, monkeypatch):
-    """Killed as a client has trained in the second round: by then its memory is ahead of the checkpoint."""
-    settings = [*SETTINGS, "strategy=fedadam", *more]
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    path = tmp_path / "deployed"
-    words = [
-        sys.executable,
-        "-m",
-        "experiments.cli",
-        "deploy",
-        "--nodes",
-        str(nodes),
-        *settings,
-        f"out={tmp_path}",
-        "name=deployed",
-    ]
-    driver = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: driver.poll() is not None or list(path.glob("clients/*/round_000002.*")), 1000)
-        everybody = guard.family({driver.pid})
-    finally:
-        driver.kill()
-    assert driver.wait() == -signal.SIGKILL, "it had ended before"
-    assert len(everybody) >= 3 + 2 * nodes  # itself, the guard, SuperLink, the SuperNodes, a helper of each
-    wait_for(lambda: not everybody & guard.processes())
-    assert not list(tmp_path.glob("fedsim-deploy-*"))
-    assert list(RunFolder(path).rounds()["round"]) == [0, 1]
-
-    assert cli.main(["deploy", "--resume", str(path)]) == 0
-    same = [f"federation.clients={nodes}", f"federation.per_round={nodes}", "engine.workers=1", f"out={tmp_path}", "name=inline"]
+@pytest.mark.slow
+def test_a_secure_deployment_that_is_killed_leaves_nothing_and_goes_on_to_the_end_of_one_never_stopped(tmp_path):
+    settings = [*SETTINGS, "strategy=fedadam", "aggregation=secure", "aggregation.seeded=true"]
+    seen = kill(settings, 3, tmp_path / "deployed", tmp_path)
+    assert_nothing_is_left(seen, 3)
+    assert cli.main(["deploy", "--resume", str(seen.path)]) == 0
+    same = ["federation.clients=3", "federation.per_round=3", "engine.workers=1", f"out={tmp_path}", "name=inline"]
     assert cli.main(["run", *settings, *same]) == 0
-    mine, theirs = (RunFolder(path).rounds().drop(columns="seconds") for path in (path, tmp_path / "inline"))
+    mine, theirs = (RunFolder(path).rounds().drop(columns="seconds") for path in (seen.path, tmp_path / "inline"))
     pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
-    mine, theirs = tensors(path), tensors(tmp_path / "inline")
-    seen = "sum" if more else "client_00000"
-    assert {f"observations/round_00002/{seen}.safetensors", "checkpoint.safetensors"} < set(theirs)
+    mine, theirs = tensors(seen.path), tensors(tmp_path / "inline")
+    assert {"observations/round_00002/sum.safetensors", "checkpoint.safetensors"} < set(theirs)
     assert list(mine) == list(theirs)
     for name, saved in theirs.items():
         assert_same(mine[name], saved)

@@ -194,11 +194,30 @@ def test_instahide_mixes_k_images_by_weights_that_add_up_and_stay_small():
     assert torch.allclose((2 * made - 1).abs()[:, 0, :, 0], (2 * weights - 1).abs(), rtol=0, atol=1e-5)
     assert torch.allclose(weights.sum(1), torch.ones(n), rtol=0, atol=1e-6)
     assert bool((weights.diag() > 0).all()), "an image is in its own mixture"
-    assert bool(((weights > 0).sum(1) <= 3).all())
-    draws = torch.stack([defense._weights(generator(i, "weights")) for i in range(2000)])
+    draws = torch.stack([defense._weights(3, generator(i, "weights")) for i in range(2000)])
     assert draws.max() <= 0.6
     # All three are alike, and their mean is 1/3; the standard deviation of one is below 0.2 on this part of the simplex.
     assert torch.allclose(draws.mean(0), torch.full((3,), 1 / 3), rtol=0, atol=4 * 0.2 / math.sqrt(2000))
+
+
+@pytest.mark.parametrize(("k", "size"), [(2, 2), (2, 5), (3, 3), (3, 7), (4, 4), (4, 8)])
+def test_instahide_mixes_no_image_with_itself(k, size):
+    defense = InstaHide(k=k, largest=0.9)
+    mixtures = torch.stack([defense.mixture(size, generator(i, "mixture")) for i in range(300)])
+    for images in (mixtures.gt(0).sum(1), mixtures.gt(0).sum(2)):  # in k mixtures each, k in each mixture
+        assert bool((images == k).all())
+    assert float(mixtures.max()) <= 0.9
+    assert torch.allclose(mixtures.sum(2), torch.ones(300, size), rtol=0, atol=1e-6)
+    pairs = mixtures.gt(0).double().mean(0)[~torch.eye(size, dtype=torch.bool)]
+    share = (k - 1) / (size - 1)  # of an image's mixtures that another is in
+    assert torch.allclose(pairs, torch.full_like(pairs, share), rtol=0, atol=4.5 * math.sqrt(share * (1 - share) / 300))
+
+
+def test_instahide_mixes_all_images_of_a_batch_of_fewer_than_k():
+    defense = InstaHide(k=4, largest=0.3)
+    assert torch.equal(defense.mixture(1, generator(0, "mixture")), torch.ones(1, 1))
+    for size in (2, 3):
+        assert bool((defense.mixture(size, generator(0, "mixture")) > 0).all())
 
 
 # ATS ------------------------------------------------------------------------------------------------------------------------------
