@@ -81,8 +81,8 @@ class Analytic:
 
     `converged`: the gradient at the reconstruction is the one that was sent, up to `tolerance` (relative squared gap), and of a
     batch no place was filled by a mix: two images of one class and their average have nearly the same gradient in a smooth network.
-    For a single image and a model that draws at random, whose gradient nobody can recompute: the first layer's gradient is that of
-    some signal times the reconstruction; no other image of a batch of one could have had it.
+    For a single image whose gradient nobody can recompute, of a model that draws at random or of several local steps: the first
+    layer's update is that of some signal times the reconstruction; no other image of a batch of one could have had it.
 
     same       root mean squared difference of two units' images, in pixel values, below which they are one image
     """
@@ -120,7 +120,7 @@ class Analytic:
         images = images.nan_to_num(0.5).float().clamp(0, 1)
         labels, soft = labels_at(seen, known, model, images)
         gap = relative_gap(seen, known, model, images, soft)
-        if size == 1 and gap > self.tolerance and draws(seen, model, images):
+        if size == 1 and gap > self.tolerance and ((known.local_steps or 1) > 1 or draws(seen, model, images)):
             gap = _unexplained(weight, bias, layer.fed(images))
         return reconstruction(images, labels, gap, certain == size and gap <= self.tolerance, time.perf_counter() - began)
 

@@ -38,8 +38,8 @@ def views(seen: Observation, known: Knowledge) -> list[Observation]:
 
 
 def gradient_of(seen: Observation, known: Knowledge) -> Update:
-    """The update as a mean gradient: several local steps are taken for one, lr times their number long. What weight decay added to
-    the entries that were sent is taken off, exactly so of one step."""
+    """The update as a mean gradient: several local steps are taken for one, see `step_length`. What weight decay added to the
+    entries that were sent is taken off, exactly so of one step."""
     scale = step_length(known)
     return {name: t / scale - _decay(seen, known, name) for name, t in seen.update.items()}
 
@@ -53,8 +53,12 @@ def _decay(seen: Observation, known: Knowledge, name: str) -> Tensor | float:
 
 
 def step_length(known: Knowledge) -> float:
-    """What an update is in units of gradients: several local steps are taken for one, lr times their number long."""
-    return (known.lr or 1.0) * (known.local_steps or 1)
+    """What an update is in units of gradients: several local steps are taken for one, as long as they are together.
+
+    Step t of them is lr (1 - m^t) / (1 - m) long with momentum m, which has it repeat the gradients of the steps before.
+    """
+    steps, m = known.local_steps or 1, known.momentum
+    return (known.lr or 1.0) * sum((1 - m**t) / (1 - m) for t in range(1, steps + 1))
 
 
 def believed(seen: Observation, known: Knowledge, *, imitated: bool = False) -> Beliefs:
@@ -98,6 +102,26 @@ def sent_entries(seen: Observation, name: str) -> Tensor | None:
     """Which entries of a tensor were sent, bool in its shape; None if all of them were."""
     packet = seen.packets[name]
     return None if packet.support is None or packet.rank is not None else packet.sent()
+
+
+def batch_statistics(seen: Observation, known: Knowledge, model: nn.Module) -> dict[str, Tensor]:
+    """What can be said of the mean and (unbiased) variance that each BatchNorm layer's batch had, under the names of its buffers.
+
+    A client in training mode sends running statistics back that its batches have moved, past any defense: of one step they are
+    (sent - (1 - m) broadcast) / m exactly, with the layer's momentum m, and of several a weighted mean of all batches'. Where they
+    have not moved, nothing was sent back, or what was is masked, the broadcast ones are all there is.
+    """
+    found = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.modules.batchnorm._BatchNorm) or not layer.track_running_stats:
+            continue
+        steps, counter = known.local_steps or 1, f"{name}.num_batches_tracked"
+        for part in (f"{name}.running_mean", f"{name}.running_var"):
+            before = seen.buffers[part]
+            after = before if seen.masked else seen.sent_buffers.get(part, before)
+            kept = 1.0 - steps / (float(seen.buffers[counter]) + steps) if layer.momentum is None else (1 - layer.momentum) ** steps
+            found[part] = before if kept == 1 or torch.equal(after, before) else (after - kept * before) / (1 - kept)
+    return found
 
 
 def relative_gap(

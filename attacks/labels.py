@@ -34,7 +34,8 @@ def analytic_labels(update: Mapping[str, Tensor], num_classes: int, batch_size: 
 
 
 def labels_behind(seen: Sequence[Observation], known: Knowledge, model: nn.Module, batch_size: int) -> Tensor:
-    """(B,) int64, the labels of B images, in ascending order, given updates of them: as `analytic_labels` from the mean update.
+    """(B,) int64, the labels of B images, in ascending order, given updates of them: as `analytic_labels` from the mean update and
+    the mean of what each update's model predicts.
 
     Somebody who knows a defense that leaves the head's bias without bounds, by noise or by leaving it out, asks the whole head. Of
     one image it is the label under which some public image explains the head best, where the bias alone does not settle it. Of a
@@ -45,12 +46,13 @@ def labels_behind(seen: Sequence[Observation], known: Knowledge, model: nn.Modul
     if explained and batch_size == 1 and (label := _explaining_label(seen, known, model)) is not None:
         return label.reshape(1)
     noise = torch.rand((32, *known.image_shape), generator=torch.Generator().manual_seed(0))
-    _, logits = fed_to_linear(model, seen[-1].params, seen[-1].buffers, noise.to(_device(seen[-1])))
-    signals = []
+    signals, predicted = [], []
     for view in seen:
+        _, logits = fed_to_linear(model, view.params, view.buffers, noise.to(_device(view)))
+        predicted.append(logits.softmax(-1).mean(0))
         pooled = _pooled_signal(view, known, model, batch_size) if explained else None
         signals.append(_class_signal(gradient_of(view, known), known.num_classes) if pooled is None else pooled)
-    return _counted(torch.stack(signals).mean(0), batch_size, logits.softmax(-1).mean(0))
+    return _counted(torch.stack(signals).mean(0), batch_size, torch.stack(predicted).mean(0))
 
 
 def _counted(signal: Tensor, batch_size: int, predicted: Tensor | None) -> Tensor:

@@ -54,12 +54,13 @@ class GradientMatching:
                  same noise; "tiles": a random square of 4 pixels, repeated; or an attack, whose reconstruction is improved on.
                  Label logits are N(0, 1)
     imitate      whether an update of several local steps is imitated step by step (Dimitrov et al. 2022), or taken for one
-                 gradient times lr times their number, which is right for a small lr. Imitation knows lr, the number of steps and
+                 gradient as long as they are together, which is right for a small lr. Imitation knows lr, the number of steps and
                  the batch size, for the server ordered them, but not which image was in which batch. Over several epochs, each
                  of which has an order of its own, it looks for the images anew, and `agreement` ties them together
     agreement    weight of the squared difference between epochs of what does not depend on order: means of random features
-    batch_norm   weight of the squared distance of the candidate's batch statistics from the running ones (Yin et al. 2021,
-                 equation 6), divided by the size of the latter
+    batch_norm   weight of the squared distance of the candidate's batch statistics from what is known of them (Yin et al. 2021,
+                 equation 6), divided by the size of the latter: those that the client sent back tell its batch's, in place of the
+                 broadcast ones of the paper
     consistency  weight of the mean squared distance from the mean over a victim's starts (Yin et al. 2021, equation 11, without
                  registration); the starts then run side by side, all of them, to the end of the budget
     update       "joint": all images of a batch move at once; "round_robin": one at a time, for `turn` evaluations each (Zhu et

@@ -167,8 +167,8 @@ def gradinversion(
 ) -> GradientMatching:
     """GradInversion (Yin et al. 2021) for batches: squared gap, total variation, l2, BatchNorm statistics, agreement of the starts.
 
-    Threat model: as `dlg`; labels are read off the gradient; the BatchNorm statistics are those broadcast. `batch_norm=0` for a
-    model without.
+    Threat model: as `dlg`; labels are read off the gradient; BatchNorm statistics are those of the client's batch, which follow
+    from what it sends back if it trains in training mode, else those broadcast. `batch_norm=0` for a model without.
     Departures: starts agree on their plain mean, without registration; labels of a batch are counted as in `attacks.labels`, so
     they may repeat; Adam with a cosine schedule and no added noise. Weights are ours, since gaps here are counted in units.
     """

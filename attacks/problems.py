@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from attacks.evidence import believed, completed, gradient_of, sent_entries, size_of, views
+from attacks.evidence import batch_statistics, believed, completed, gradient_of, sent_entries, size_of, views
 from attacks.factored import Factored, gradients_of
 from attacks.hidden_noise import as_buffers, in_front_of_noise
 from attacks.lanes import WIDTH, innermost, lanes, library
@@ -77,6 +77,7 @@ class Problems:
     beliefs   of an attacker who knows the defense, what is possible in place of `target`, of tensors that are not known exactly
     rescaled  whether candidates are brought to the observed length before that: where the defense hides it, and the gap ignores it
     sent      of tensors of which a part was sent, 1 at its entries and 0 at others; that length is of the entries that were sent
+    statistics  of an attack with a prior on them, those of BatchNorm layers' batches, see `batch_statistics`
     """
 
     attack: "GradientMatching"
@@ -91,6 +92,7 @@ class Problems:
     beliefs: dict[str, Belief]
     rescaled: bool = False
     sent: dict[str, Tensor] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None  # (V, copies * n), or probabilities with K beside; None when they are optimised too
     stopped: threading.Event | None = None  # set when nobody waits for the result any more
 
@@ -164,6 +166,7 @@ class Problems:
                 for name, of in masks.items()
                 if any(m is not None for m in of)
             },
+            statistics=stack([batch_statistics(one, known, model) for one in seen]) if attack.batch_norm else {},
             image_shape=known.image_shape,
             num_classes=known.num_classes,
             training=training,
@@ -181,6 +184,7 @@ class Problems:
             target=target,
             beliefs={n: _each(b, lambda t: t[seen]) for n, b in self.beliefs.items()},
             sent={n: t[seen] for n, t in self.sent.items()},
+            statistics={n: t[seen] for n, t in self.statistics.items()},
             labels=None if self.labels is None else self.labels[rows],
             stopped=stopped,
         )
@@ -225,13 +229,20 @@ class Problems:
         return points[:, : self.pixels].reshape(-1, self.count, *self.image_shape)
 
     def united(self, images: Tensor) -> Tensor:
-        """(n, C, H, W) in [0, 1] of one candidate's images (copies * n, C, H, W): the mean over epochs, matched to the first."""
-        first, *others = images.clamp(0, 1).float().split(self.plan.images)
-        matched = [first]
-        for other in others:
+        """(n, C, H, W) in [0, 1] of one candidate's images (copies * n, C, H, W): the mean over epochs, matched to the first.
+
+        Of a last epoch that is not whole only the images of its steps count: nothing that was sent tells of the others.
+        """
+        n = self.plan.images
+        taken = torch.tensor(sorted({i for step in self.plan.steps for i in step}), device=images.device)
+        first, *others = images.clamp(0, 1).float().split(n)
+        total, counts = first.clone(), torch.ones(n, 1, 1, 1, device=images.device)
+        for i, epoch in enumerate(others, 1):
+            other = epoch[taken[taken // n == i] - n * i]
             found, places = match(torch.nan_to_num(other), torch.nan_to_num(first))
-            matched.append(torch.empty_like(other).index_copy(0, places, other[found]))
-        return torch.stack(matched).mean(0)
+            total.index_add_(0, places, other[found])
+            counts.index_add_(0, places, torch.ones_like(counts[: len(places)]))
+        return total / counts
 
     def clamp(self, points: Tensor) -> Tensor:
         """Points with their images clamped to [0, 1]."""
@@ -382,29 +393,28 @@ class Problems:
         return spread / means.detach().square().mean((1, 2)).clamp(min=1e-12)
 
     def _unusual_statistics(self, images: Tensor, problems: Tensor) -> Tensor:
-        """(P,) squared distance of batch means and variances from the running ones, summed over BatchNorm layers."""
-        norms = [(name, m) for name, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        """(P,) squared distance of batch means and variances from what is known of them, summed over BatchNorm layers."""
+        norms = [(name, m) for name, m in self.model.named_modules() if f"{name}.running_mean" in self.statistics]
         if not norms:
             raise ValueError("batch_norm > 0 needs a model with BatchNorm layers, this one has none; take batch_norm=0")
-        params, buffers, _ = self._gather(self._views(problems))
+        rows = self._views(problems)
+        params, buffers, _ = self._gather(rows)
+        told = {name: t[rows] for name, t in self.statistics.items()}
         images = images.repeat_interleave(self.plan.views, 0)
 
-        def distance(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
+        def distance(params: dict[str, Tensor], buffers: dict[str, Tensor], told: dict[str, Tensor], images: Tensor) -> Tensor:
             terms: list[Tensor] = []
 
             def compare(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
                 def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                     over = [0, *range(2, inputs[0].dim())]
-                    mean, var = inputs[0].mean(over), inputs[0].var(over, correction=0)
-                    for ours, theirs in (
-                        (mean, before[f"{name}.running_mean"]),
-                        (var, before[f"{name}.running_var"]),
-                    ):
+                    correction = int(inputs[0].numel() > inputs[0].shape[1])  # running variances are unbiased ones
+                    mean, var = inputs[0].mean(over), inputs[0].var(over, correction=correction)
+                    for ours, theirs in ((mean, told[f"{name}.running_mean"]), (var, told[f"{name}.running_var"])):
                         terms.append((ours - theirs).square().sum() / theirs.square().sum().clamp(min=1.0))
 
                 return hook
 
-            before = {n: t.clone() for n, t in buffers.items()}
             hooks = [module.register_forward_pre_hook(compare(name)) for name, module in norms]
             try:
                 functional_call(self.model, {**params, **buffers}, (images,))
@@ -414,7 +424,7 @@ class Problems:
             return torch.stack(terms).sum()
 
         buffers = {name: t.clone() for name, t in buffers.items()}  # BatchNorm in training mode writes to them
-        return self._over_views(vmap(distance, randomness="different")(params, buffers, images))
+        return self._over_views(vmap(distance, randomness="different")(params, buffers, told, images))
 
     def _inconsistency(self, images: Tensor, problems: Tensor) -> Tensor:
         """(P,) mean squared distance from the mean over the starts of the same victim."""

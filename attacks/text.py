@@ -54,12 +54,14 @@ def _head_of(gradient: Mapping[str, Tensor], embedding: str, vocabulary: int) ->
     return found[-1]
 
 
-def input_tokens(gradient: Mapping[str, Tensor], embedding: str) -> Tensor:
+def input_tokens(gradient: Mapping[str, Tensor], embedding: str, decayed: bool = False) -> Tensor:
     """Ids, ascending, of all tokens the model was given: the rows of the embedding's gradient that are not zero.
 
-    Exact for one gradient, unless the embedding is tied to the head. A row of a token that does not occur is never touched.
+    Exact for one gradient, unless the embedding is tied to the head. A row of a token that does not occur is never touched; where
+    weight decay touched it, and was taken off again (`decayed`), rounding is left, below a millionth of the largest row.
     """
-    return gradient[embedding].abs().amax(1).nonzero().squeeze(1)
+    largest = gradient[embedding].abs().amax(1)
+    return (largest > (1e-6 * largest.max() if decayed else 0)).nonzero().squeeze(1)
 
 
 def hidden_words(gradient: Mapping[str, Tensor], known: Knowledge, embedding: str, size: int) -> Tensor:
@@ -98,7 +100,7 @@ class BagOfTokens:
         shape = (one.num_examples, *known.image_shape)
         places = int(torch.Size(shape).numel())
         gradient = gradient_of(one, known)
-        tokens = input_tokens(gradient, embedding)
+        tokens = input_tokens(gradient, embedding, bool(known.weight_decay))
         plausible = 0 < len(tokens) <= places
         if len(tokens) > places:
             tokens = gradient[embedding].norm(dim=1).topk(places).indices.sort().values

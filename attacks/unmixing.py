@@ -84,7 +84,9 @@ class Unmixed:
             images, hard = unmixed(self.mixing, [one.images for one in batches], soft, chance, known, self.draws)
             spent, seconds = sum(one.evaluations for one in batches), sum(one.seconds for one in batches)
             whole = replace(batches[-1], labels=hard, evaluations=spent, seconds=seconds, probabilities=None, certain=None)
-            found.append(_instead(whole, images))
+            starts = torch.full_like(whole.starts, torch.nan)  # what another start would have given was not solved for
+            starts[whole.losses.argmin()] = images
+            found.append(_instead(whole, images, starts))
         return found
 
 
@@ -116,13 +118,14 @@ class Undone:
         found = self.attack(seen, known, model, rng, report=report)
         if (known.local_steps or 1) > 1:
             return found
-        return [_instead(one, self.transform.undone(one.images)) for one in found]
+        return [
+            _instead(one, self.transform.undone(one.images), torch.stack([self.transform.undone(start) for start in one.starts]))
+            for one in found
+        ]
 
 
-def _instead(one: Reconstruction, images: Tensor) -> Reconstruction:
-    """A reconstruction with other images in the place of those it reports."""
-    starts = one.starts.clone()
-    starts[one.losses.argmin()] = images
+def _instead(one: Reconstruction, images: Tensor, starts: Tensor) -> Reconstruction:
+    """A reconstruction with other images in the place of those it reports, and of those of its starts."""
     return replace(one, images=images, starts=starts, attack=f"{one.attack}, undone".removeprefix(", "))
 
 

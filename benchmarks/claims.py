@@ -3,6 +3,7 @@
     python benchmarks/claims.py batches          more images, more iterations; one image at a time or all at once (Zhu et al. 2019)
     python benchmarks/claims.py gaps             cosine minds no scale, squared differences do (initialization study)
     python benchmarks/claims.py batchnorm        BatchNorm in training mode against eval mode (initialization study)
+    python benchmarks/claims.py statistics       what a client in training mode sends back of its batch, for GradInversion
     python benchmarks/claims.py initializations  weight families times activations (initialization study)
     python benchmarks/claims.py stages           an untrained network and a trained one (Zhu et al.: at any time)
     python benchmarks/claims.py layers           gap and error fall together (Zhu et al. 2019)
@@ -74,8 +75,8 @@ def victims(
         orders = [torch.randperm(images, generator=generator(0, "order", i, epoch)) for epoch in range(epochs)]
         batches = [(x[part], y[part]) for order in orders for part in order.split(batch)]
         with chance_seeded(model, x, seed_of(0, "dropout", i)):
-            update = local_update(model, params, buffers, batches, lr=lr).update
-        seen.append(Observation(params, pack(update), images, client=i, buffers=buffers))
+            trained = local_update(model, params, buffers, batches, lr=lr)
+        seen.append(Observation(params, pack(trained.update), images, client=i, buffers=buffers, sent_buffers=trained.buffers))
         truth.append((x, y))
     known = Knowledge(data.image_shape, 10, batch_size=batch, lr=lr, local_steps=len(batches), labels=[y for _, y in truth])
     return model, seen, truth, known
@@ -173,6 +174,29 @@ def batchnorm(data: Dataset, count: int) -> None:
         print(f"  {mode:5s} final cosine loss {losses[mode]:.4f}   {scores[mode]:5.1f} dB   zero gradients {zeros:.1%}")
     verdict("eval mode ends with at most a third of the loss", bool(losses["eval"] <= losses["train"] / 3))
     verdict("eval mode leaks 3 dB more", bool(scores["eval"] >= scores["train"] + 3))
+
+
+def statistics(data: Dataset, count: int) -> None:
+    """GradInversion of 4 images from a network in training mode: by the broadcast statistics, and by those of the batch."""
+    gains = []
+    model, seen, truth, known = victims(
+        data,
+        lambda rng: mcmahan_cnn(data.image_shape, 10, norm="batch", mean=data.mean, std=data.std, rng=rng).train(),
+        count,
+        images=4,
+    )
+    attack = attacks.gradinversion(restarts=1, iterations=250, consistency=0)
+    for defense in (None, GaussianNoise(relative=1.0)):
+        sent = seen
+        if defense:
+            sent = [replace(one, packets=defense(one.packets, {}, generator(0, "noise", one.client))[0]) for one in seen]
+        broadcast, own = (
+            psnr(run(attack, model, some, known), truth) for some in ([replace(one, sent_buffers={}) for one in sent], sent)
+        )
+        gains.append(float((own - broadcast).mean()))
+        print(f"  {defense or 'no defense'}: {broadcast.mean():.1f} dB, {own.mean():.1f} dB", flush=True)
+    verdict(f"what the client sends back gains 3 dB: {gains[0]:+.1f}", gains[0] >= 3)
+    verdict(f"past noise as well, which leaves it as it is: {gains[1]:+.1f}", gains[1] >= 3)
 
 
 def initializations(data: Dataset, count: int) -> None:
@@ -621,6 +645,7 @@ CLAIMS: dict[str, tuple[Callable[[Dataset, int], None], int]] = {
     "batches": (batches, 8),
     "gaps": (gaps, 3),
     "batchnorm": (batchnorm, 3),
+    "statistics": (statistics, 3),
     "initializations": (initializations, 9),
     "stages": (stages, 8),
     "layers": (layers, 8),

@@ -67,7 +67,7 @@ def card(
         ),
         ("local steps", f"told: {steps}"),
         ("learning rate", "not needed: the gradient itself is sent" if one_gradient else f"told: {protocol.lr:g}"),
-        ("BatchNorm", "running statistics seen, those of the batch not" if batch_norm else "none in this model"),
+        ("BatchNorm", _statistics(setup) if batch_norm else "none in this model"),
         ("clients", LOOKS[setup.inspection.action]),
         *_proved(setup, batch_norm),
         *([("mixing", LONELY)] if mixes(setup.defense) and protocol.batch_size == 1 else []),
@@ -75,6 +75,14 @@ def card(
         *([("other rounds", line) for line in _other_rounds(setup, tap)] if any(told) else []),
         ("attack", attack),
     ]
+
+
+def _statistics(setup: Setup) -> str:
+    if not setup.protocol.train_mode:
+        return "running statistics seen, and used by the clients"
+    if isinstance(setup.aggregation, Secure):
+        return "running statistics seen; those of the batches tell in the sum"
+    return "running statistics seen; those of the batch follow from what is sent back, past the defense (gradinversion)"
 
 
 def guarantee_of(setup: Setup, rounds: int) -> Guarantee | None:
@@ -163,7 +171,7 @@ def obstacles(setup: Setup, attack: Any) -> list[tuple[str, str]]:
         if blind and any(isinstance(m, Stochastic) for m in modules):
             found.append(("hopeless", "the model draws at random, and the attack draws anew each time; attack=precode_aware"))
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
-            found.append(("weak", "BatchNorm in training mode normalises by the unseen batch; federation.train_mode=false"))
+            found.append(("weak", "BatchNorm in training mode ties the images of a batch together; federation.train_mode=false"))
     if isinstance(getattr(attack, "optimizer", None), LBFGS) and any(isinstance(m, nn.ReLU) for m in modules):
         found.append(
             ("weak", "ReLU's second derivative is zero, so L-BFGS sees little; model.activation=sigmoid, or inverting_gradients")

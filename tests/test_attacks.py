@@ -21,6 +21,7 @@ from attacks import (
     analytic_labels,
     metrics,
 )
+from attacks.labels import labels_behind
 from attacks.optimizers import DIVERGED, RUNNING, STALLED, Minima, Stop, minimise
 from fedsim.models import Xavier, resnet18, resnet20
 from fedsim.observation import Attack, Knowledge, Observation
@@ -295,6 +296,18 @@ def test_repeated_labels_are_counted() -> None:
     labels = torch.tensor([0, 0, 0, 4, 4, 9, 2])
     bias = 1 / 10 - torch.bincount(labels, minlength=10) / 7
     assert analytic_labels({"head.bias": bias}, 10, 7).tolist() == [0, 0, 0, 2, 4, 4, 9]
+
+
+def test_labels_are_counted_from_what_each_round_s_model_predicts() -> None:
+    """A model that has begun to learn predicts otherwise than the one before, and so is what it sends read."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
+    images, labels = torch.rand(8, 3, 2, 2, generator=generator(0, "images")), torch.tensor([0, 0, 0, 1, 1, 4, 4, 6])
+    seen: list[Observation] = []
+    for bias in (0.0, 3.0, -3.0):
+        params = {"1.weight": torch.zeros(7, 12), "1.bias": torch.linspace(0, bias, 7)}
+        update = local_update(model, params, {}, [(images, labels)], lr=1).update
+        seen.append(Observation(params, pack(update), 8))
+    assert torch.equal(labels_behind(seen, Knowledge((3, 2, 2), 7), model, 8), labels)
 
 
 def test_labels_say_which_head_they_looked_for() -> None:

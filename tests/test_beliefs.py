@@ -305,9 +305,7 @@ def test_what_was_not_sent_and_has_no_bounds_tells_nothing(defense):
     assert bool((beliefs["x"].high == torch.inf).all())
 
 
-@pytest.mark.parametrize(
-    "last", [ErrorFeedback(FloatFormat("fp16")), DeepGradientCompression(0.5)]
-)
+@pytest.mark.parametrize("last", [ErrorFeedback(FloatFormat("fp16")), DeepGradientCompression(0.5)])
 def test_what_was_dropped_before_all_entries_were_sent_tells_nothing(last):
     """Nobody sees which places were dropped: what is 0 may have been."""
     arrived, beliefs = told(Chain((TopK(0.1), last)), {"x": X})

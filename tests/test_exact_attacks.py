@@ -629,3 +629,25 @@ def test_every_exact_attack_is_a_choice() -> None:
     assert build_checked("attack", compose(["attack=spear"])["attack"]) == SPEAR()
     assert build_checked("attack", compose(["attack=analytic"])["attack"]) == Analytic()
     assert list(build_checked("attack", compose(["attack=rgap"])["attack"]).weights) == list(RGAP().weights)
+
+
+@pytest.mark.parametrize("training", [{}, {"momentum": 0.9}, {"weight_decay": 5e-4}], ids=str)
+def test_one_image_is_read_off_several_local_steps_and_another_explains_nothing(training: dict[str, float]) -> None:
+    """Each step's update of the first layer is a multiple of the image, and so is their sum."""
+    model, images, label = small_mlp("sigmoid"), images_of(TINY, 2), torch.tensor([4])
+    params, buffers = split(model)
+    known = Knowledge(TINY, 11, lr=0.1, local_steps=5, **training)
+
+    def seen(*order: int) -> Observation:
+        batches = [(images[i : i + 1], label) for i in order]
+        return Observation(
+            params, pack(local_update(model, params, buffers, batches, lr=0.1, **training).update), 1, buffers=buffers
+        )
+
+    one, mixed = Analytic()([seen(0, 0, 0, 0, 0), seen(0, 1, 0, 1, 0)], known, model, generator(0, "attack"))
+    assert one.converged
+    assert worst(one, images[:1]) < 1e-10
+    assert not mixed.converged
+    escalation = Escalation({"analytic": Analytic(), "cosine": attacks.cosine_lbfgs(evaluations=30)})
+    (found,) = escalation([seen(0, 0, 0, 0, 0)], known, model, generator(0, "attack"))
+    assert found.attack == "analytic"

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 import attacks
 from attacks import LBFGS, SGD, Adam, CosineGap, GaussianGap, GradientMatching, SquaredPixels, Stop, metrics
-from attacks.evidence import believed, gradient_of, views
+from attacks.evidence import batch_statistics, believed, gradient_of, views
 from attacks.optimizers import RUNNING, minimise
 from attacks.problems import Plan, Problems
 from defenses import UniformQuantization
@@ -367,9 +367,7 @@ def test_the_statistics_of_a_batch_are_compared_with_the_running_ones() -> None:
     statistics: list[Tensor] = []
     for layer in model.features:
         if isinstance(layer, nn.BatchNorm2d):
-            layer.register_forward_pre_hook(
-                lambda _, x: statistics.extend([x[0].mean((0, 2, 3)), x[0].var((0, 2, 3), correction=0)])
-            )
+            layer.register_forward_pre_hook(lambda _, x: statistics.extend([x[0].mean((0, 2, 3)), x[0].var((0, 2, 3))]))
     model.train()
     functional_call(model, dict(model.named_parameters()), (images,))
     measured = [s.detach().clone() for s in statistics]
@@ -514,6 +512,66 @@ def test_what_a_quantizer_leaves_possible_holds_the_gradient_without_weight_deca
     for name, b in believed(seen, replace(DECAYED, defense=defense)).items():
         assert (b.low - 1e-5 <= gradient[name]).all()
         assert (gradient[name] <= b.high + 1e-5).all()
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.3, None])
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_what_a_client_in_training_mode_sends_back_tells_the_statistics_of_its_batch(momentum: float | None, rounds: int) -> None:
+    model = Small(norm=True).train()
+    first, second = (layer for layer in model.features if isinstance(layer, nn.BatchNorm2d))
+    first.momentum = second.momentum = momentum
+    for i in range(rounds):
+        model(smooth(3, f"round {i}"))
+    images, labels = smooth(4), torch.tensor([0, 3, 1, 2])
+    params, buffers = ({n: t.detach().clone() for n, t in part} for part in (model.named_parameters(), model.named_buffers()))
+    trained = local_update(model, params, buffers, [(images, labels)], lr=1.0)
+    seen = Observation(params, pack(trained.update), 4, buffers=buffers, sent_buffers=trained.buffers)
+    told = batch_statistics(seen, KNOWN, model)
+    fed: list[Tensor] = []
+    second.register_forward_pre_hook(lambda _, x: fed.append(x[0]))
+    functional_call(model, {**params, **{n: t.clone() for n, t in buffers.items()}}, (images,))
+    for layer, x in (("features.1", model.features[0](images)), ("features.4", fed[0])):
+        assert torch.allclose(told[f"{layer}.running_mean"], x.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+        assert torch.allclose(told[f"{layer}.running_var"], x.var((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    if momentum is not None:  # PyTorch maps no cumulative mean over problems
+        group = problems(GradientMatching(labels="given", batch_norm=1.0), seen, model, replace(KNOWN, labels=[labels]), labels)
+        none = torch.zeros(1, dtype=torch.int64)
+        truth, other = (float(group._unusual_statistics(x[None], none)) for x in (images, smooth(4, "others")))
+        assert truth < 1e-6 < 1e-3 < other
+    # Several steps tell a weighted mean of theirs; masked statistics tell nothing, nor do those that have not moved.
+    batches = [(images[i : i + 2], labels[i : i + 2]) for i in (0, 2)]
+    trained = local_update(model, params, buffers, batches, lr=0.0)
+    told = batch_statistics(replace(seen, sent_buffers=trained.buffers), replace(KNOWN, local_steps=2), model)
+    halves = [model.features[0](x).mean((0, 2, 3)) for x, _ in batches]
+    weights = (0.5, 0.5) if momentum is None else ((1 - momentum) / (2 - momentum), 1 / (2 - momentum))
+    mean = sum(w * half for w, half in zip(weights, halves, strict=True))
+    assert torch.allclose(told["features.1.running_mean"], mean, rtol=1e-3, atol=1e-4)
+    for blind in (replace(seen, masked=True), replace(seen, sent_buffers={}), replace(seen, sent_buffers=buffers)):
+        told = batch_statistics(blind, KNOWN, model)
+        assert all(torch.equal(t, buffers[name]) for name, t in told.items())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_local_steps_with_momentum_are_as_long_as_they_are_together(momentum: float) -> None:
+    model = Small()
+    batch = smooth(3), torch.tensor([0, 3, 1])
+    seen = sent(model, [batch] * 6, 3, lr=1e-6, momentum=momentum)
+    gradient = sent(model, [batch], 3).update
+    found = gradient_of(seen, replace(KNOWN, local_steps=6, lr=1e-6, momentum=momentum))
+    for name, t in gradient.items():
+        assert torch.allclose(found[name], t, rtol=1e-2, atol=1e-3 * float(t.abs().max())), name
+
+
+def test_images_of_a_last_epoch_that_no_step_has_seen_are_not_averaged_in() -> None:
+    model = Small()
+    images, labels = smooth(3), torch.tensor([0, 3, 1])
+    batches = [(images[i : i + 1], labels[i : i + 1]) for i in (0, 1, 2, 2)]
+    known = replace(KNOWN, batch_size=1, local_steps=4, lr=0.1)
+    group = problems(GradientMatching(imitate=True), sent(model, batches, 3, lr=0.1), model, known, labels.repeat(2))
+    assert group.plan.steps == ((0,), (1,), (2,), (3,))
+    again = images[2:] + 0.01 * (0.5 - images[2:])
+    found = group.united(torch.cat([images, again, smooth(2, "unseen")]))
+    assert torch.allclose(found, torch.cat([images[:2], (images[2:] + again) / 2]))
 
 
 def test_imitating_five_local_steps_beats_taking_them_for_one_gradient() -> None:

@@ -13,6 +13,7 @@ from worlds import config, federate
 
 import attacks
 from attacks import Adam, BagOfTokens, CosineGap, SpanCheck, SquaredAndAbsoluteGap, SquaredGap, TextMatching, metrics
+from attacks.evidence import gradient_of
 from attacks.text import _Problems, _Victim, embedding_of, hidden_words, input_tokens, iteration_table
 from experiments import scoring
 from experiments.card import obstacles
@@ -300,6 +301,18 @@ def test_the_tokens_of_any_batch_stand_in_the_embedding_s_gradient(corpus):
         assert torch.equal(named, true[true != PAD])
         assert one.converged
         assert one.images.shape == inputs.shape
+
+
+def test_weight_decay_adds_no_word(corpus):
+    model, seen, batches = victims(corpus, [2])
+    (inputs, labels), embedding = batches[0], embedding_of(model, WORDS)
+    update = local_update(model, seen[0].params, {}, batches, lr=0.1, weight_decay=1e-2).update
+    one, known = replace(seen[0], packets=pack(update)), replace(KNOWN, lr=0.1, weight_decay=1e-2)
+    assert torch.equal(input_tokens(gradient_of(one, known), embedding, decayed=True), inputs.unique())
+    (found,) = BagOfTokens()([one], known, model, generator(0))
+    true = filled(inputs, labels).unique()
+    assert found.converged
+    assert torch.equal(found.images[found.images != PAD], true[true != PAD])
 
 
 def test_a_noised_embedding_names_everything_and_is_said_not_to_have_converged(corpus):
