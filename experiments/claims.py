@@ -361,7 +361,7 @@ def mean(found: Results, attacker: str | None, *, of: str, expect: str, where: W
     if lost[0] and (above == (less == "less") or attacker == "adaptive"):
         perhaps = _once(found.victims(where, of, attacker, perhaps=True)).to_numpy()
         p[less] = max(p[less], _signs(perhaps - bound)[less])
-    return Answer(_told(of, values) + _not_converged(lost), *_sided(p, above))
+    return Answer(_told(of, values) + _not_ended(lost), *_sided(p, above))
 
 
 def difference(
@@ -371,11 +371,13 @@ def difference(
     bound, above = _bound(expect)
     text, values = _compared(found, attacker, column, of, than, where)
     p = _t(values[0] - bound, column == "accuracy") if len(values) == 1 else _welch(values[0] - bound, values[1])
-    if attacker == "adaptive" and column in FOUND:
+    if column in FOUND:
         less = _less(column)
         more = "less" if less == "greater" else "greater"
         for way, perhaps in ((less, of), (more, than)):  # the side that would leak less may have leaked all the same
-            if found.lost({**(where or {}), **perhaps}, column, attacker)[0]:
+            asked = {**(where or {}), **perhaps}
+            knows = (attacker or asked.get("attacker", "adaptive")) == "adaptive"
+            if knows and found.lost(asked, column, "adaptive")[0]:
                 _, values = _compared(found, attacker, column, of, than, where, perhaps)
                 ranks = _signs(values[0] - bound) if len(values) == 1 else _ranks(values[0] - bound, values[1])
                 p[way] = max(p[way], ranks[way])
@@ -424,7 +426,10 @@ def trend(
         perhaps = _kendall(at_each(perhaps=True))
         p = {way: max(one, perhaps[way]) for way, one in p.items()}
     text = " → ".join(_number(column, group.mean()) for group in groups)
-    return Answer(f"{text}, n={sum(map(len, groups))}{_not_converged(lost)}", *_sided(p, expect == "rises"))
+    text += f", n={sum(map(len, groups))}{_not_ended(lost)}"
+    if column == "accuracy":
+        text += _broken_off(found, {**(where or {}), along: list(levels)})
+    return Answer(text, *_sided(p, expect == "rises"))
 
 
 def correlation(found: Results, attacker: str | None, *, columns: Sequence[str], expect: str, where: Where | None = None) -> Answer:
@@ -483,9 +488,15 @@ def _once(values: pd.Series) -> pd.Series:
     return values.groupby(level=one).mean() if len(values) else values
 
 
-def _not_converged(*sides: tuple[int, int]) -> str:
-    """In words, of how many searches of each side how many did not end; empty where all did."""
-    return f", not converged: {' and '.join(f'{lost}/{n}' for lost, n in sides)}" if any(lost for lost, _ in sides) else ""
+def _not_ended(*sides: tuple[int, int]) -> str:
+    """In words, of how many searches of each side how many did not end, whatever they found; empty where all did."""
+    return f", not ended: {' and '.join(f'{lost}/{n}' for lost, n in sides)}" if any(lost for lost, _ in sides) else ""
+
+
+def _broken_off(found: Results, *sides: Where) -> str:
+    """In words, of how many runs of each side how many did not come to their end; empty where all did."""
+    broken = [f"{lost} of {n} runs" for lost, n in map(found.unfinished, sides) if lost]
+    return f", {' and '.join(broken)} did not finish" if broken else ""
 
 
 def _less(column: str) -> str:
@@ -569,10 +580,9 @@ def _compared(
         one, other = pairs
     text = f"{_number(column, float(one.mean()))} against {_number(column, float(other.mean()))}"
     text += f", {len(one)} pairs" if paired else f", n={len(one)}, {len(other)}"
-    text += _not_converged(*(found.lost(side, column, attacker) for side in asked))
+    text += _not_ended(*(found.lost(side, column, attacker) for side in asked))
     if column == "accuracy":
-        broken = [f"{lost} of {n} runs" for lost, n in map(found.unfinished, asked) if lost]
-        text += f", {' and '.join(broken)} did not finish" if broken else ""
+        text += _broken_off(found, *asked)
     return text, [(one - other).to_numpy()] if paired else [one.to_numpy(), other.to_numpy()]
 
 
@@ -701,11 +711,18 @@ def _is_done(folder: RunFolder) -> bool:
     return done and who_attacks(config) <= (set(leaks["attacker"]) if len(leaks) else set())
 
 
-def summary(verdicts: Sequence[Verdict], caveats: Sequence[str] = ()) -> Summary:
-    """All verdicts as a table; of a claim that was not measured, the command that does it."""
+def summary(verdicts: Sequence[Verdict], caveats: Sequence[str] = (), *, full: bool = False) -> Summary:
+    """All verdicts as a table; of a claim that was not measured, the command that does it, for studies of the `full` size."""
     counts = {name: sum(one.verdict == name for one in verdicts) for name in (HOLDS, NAIVE, OPEN, REFUTED, MISSING)}
     rows = [
-        [one.claim.row, one.claim.claim, one.claim.source, one.claim.published or "", one.ours or _command(one.claim), one.verdict]
+        [
+            one.claim.row,
+            one.claim.claim,
+            one.claim.source,
+            one.claim.published or "",
+            one.ours or _command(one.claim, full),
+            one.verdict,
+        ]
         for one in verdicts
     ]
     notes = [
@@ -718,12 +735,14 @@ def summary(verdicts: Sequence[Verdict], caveats: Sequence[str] = ()) -> Summary
     return Summary("what was published, and what was measured", columns, rows, [], notes, words=True)
 
 
-def _command(claim: Claim) -> str:
-    """What would measure a claim: the quick size of its study, if that has cells of all that is asked for."""
+def _command(claim: Claim, full: bool) -> str:
+    """What would measure a claim: the quick size of its study, unless the `full` one is asked for or alone has all its cells."""
     from experiments import study
 
     if claim.study == UNIT:
         return "needs a checkout with tests/ and pytest"
+    if full:
+        return f"fedsim study {claim.study} --full"
     quick = [flat(config) for config in study.load(claim.study).cells("quick").values()]
     asked = [claim.settings.get("where", {}) | claim.settings.get(side, {}) for side in ("of", "than") if _is_where(claim, side)]
     every = [

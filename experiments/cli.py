@@ -162,7 +162,12 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--dry-run", action="store_true", help="name the cells, say about how long they take, and stop")
     study.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time, a process each (default: 1)")
     study.add_argument("--max-cells", type=int, metavar="N", help="run so many cells at most, and stop")
-    study.add_argument("--budget", type=_seconds, metavar="TIME", help="begin no cell after this time, such as 90s, 30m or 8h")
+    study.add_argument(
+        "--budget",
+        type=_seconds,
+        metavar="TIME",
+        help="begin no further cells after 90s, 30m or 8h",
+    )
     study.add_argument("--discard", action="store_true", help="keep the results of finished cells, not what was captured")
     study.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="where its runs go (default: runs/study-NAME-SIZE)")
 
@@ -407,6 +412,8 @@ def _study(arguments: argparse.Namespace) -> int:
     from fedsim.checks import whole
 
     if arguments.name is None:
+        if given := [word for word in arguments.command_line.split()[2:] if word.startswith("-")]:
+            raise ValueError(f"{given[0]} is of which study? choices: {', '.join(study.names())}")
         for name in study.names():
             one = study.load(name)
             rows = f" [{', '.join(one.answers)}]" if one.answers else ""
@@ -417,8 +424,14 @@ def _study(arguments: argparse.Namespace) -> int:
         whole("--max-cells", arguments.max_cells)
     chosen, size = study.load(arguments.name), "full" if arguments.full else "quick"
     overrides = list(arguments.overrides)
+    keys = [word.partition("=")[0].lstrip("+") for word in overrides]
+    for key in ("out", "name"):
+        if key in keys:
+            raise ValueError(f"{key}= is of one run: a study takes -o FOLDER, and names its cells itself")
     if arguments.seeds is not None:
         whole("--seeds", arguments.seeds)
+        if "seed" in keys:
+            raise ValueError("seed= and --seeds both say which seeds: leave one out")
         overrides.append("seed=" + ",".join(map(str, range(arguments.seeds))))
     cells = chosen.cells(size, overrides)
     _quiet()
@@ -471,6 +484,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     answered = list(dict.fromkeys(claim.study for claim in said))
     asked = dict(one.partition("=")[::2] for one in arguments.studies) or dict.fromkeys(answered, "")
     for name in asked:
+        if name in study.names() and name not in answered:
+            raise ValueError(f"{name} answers no claim: fedsim table, report or leaderboard shows what it found")
         one_of("study", name, answered)
     _quiet()
     folders, wanted, lacking = {}, {}, []
@@ -481,7 +496,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             folders[name], wanted[name], told = claims.measured(base, iterate([base]))
             lacking += told
     verdicts = claims.verify([claim for claim in said if claim.study in asked], folders, wanted)
-    table = claims.summary(verdicts, lacking)
+    table = claims.summary(verdicts, lacking, full=arguments.full)
     if arguments.format == "text":
         console.print(drawn(table))
     else:

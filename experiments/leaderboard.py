@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 
-from attacks.metrics import Rate
 from experiments.naming import conditions, contender, label
 from experiments.ranking import Row, ranked
 from experiments.statistics import Difference
@@ -35,8 +34,8 @@ GROUPS = (
 RULES = f"""\
 How to read it. A defense is ranked by the share that its **strongest** attacker stole: the one, of all that were tried, naive and
 adaptive, who stole the largest share (of two that stole as much, who came closer). "Stolen" has the 95 % Wilson interval of that
-share; ranks whose intervals overlap are not shown to differ. An attack that did not converge counts as no theft here, which is not
-the same as protection.
+share; ranks whose intervals overlap are not shown to differ. An attack that stole nothing and did not converge counts as no theft
+here, which is not the same as protection: the column "not converged" has how many these are.
 
 Only defenses that cost as much accuracy are ranked against each other. The loss is that against `none` under the same conditions,
 paired by seed, of the mean of the last {LAST} evaluations; its 90 % t-interval is in the column "against none", in points.
@@ -180,9 +179,9 @@ def _made_with(folders: Sequence[RunFolder]) -> list[str]:
 
 
 def _spent(leaks: pd.DataFrame) -> str:
-    lost = Rate(int((leaks["verdict"] == "not converged").sum()), len(leaks))
+    left = int((leaks["converged"] == 0).sum())
     evaluations, seconds = leaks["evaluations"].median(), leaks["seconds"].median()
-    return f"{evaluations:,.0f} evaluations and {seconds:.2g} s a victim (medians), {lost.passed} of {lost.n} not converged"
+    return f"{evaluations:,.0f} evaluations and {seconds:.2g} s a victim (medians), {left} of {len(leaks)} searches did not end"
 
 
 def _heard(config: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import html
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,14 +128,22 @@ def _of_studies(folders: Sequence[RunFolder]) -> list[Row]:
     studies: dict[Path, list[RunFolder]] = {}
     for folder in folders:
         studies.setdefault(folder.path.parent, []).append(folder)
-    named = {base: (read_json(base / ABOUT)["study"], of) for base, of in studies.items() if (base / ABOUT).is_file()}
+    named = {base: read_json(base / ABOUT) for base in studies if (base / ABOUT).is_file()}
+    several = Counter(about["study"] for about in named.values())
     verdicts, lacking = [], []
-    for base, (name, of) in named.items():
+    alone: list[Row] = []
+    for base, about in named.items():
+        name = about["study"]
         if asked := [one for one in claims.load() if one.study == name]:
-            cells, wanted, told = claims.measured(base, of)
-            verdicts += claims.verify(asked, {name: cells}, {name: wanted})
-            lacking += told
-    return [_section("claims", "Claims", claims.summary(verdicts, lacking))] if verdicts else []
+            cells, wanted, told = claims.measured(base, studies[base])
+            found = claims.verify(asked, {name: cells}, {name: wanted})
+            if several[name] > 1:  # two answers to one question do not stand in one table
+                table = claims.summary(found, told, full=about["size"] == "full")
+                alone.append(_section(f"claims-{len(alone)}", f"Claims, by {base}", table))
+            else:
+                verdicts += found
+                lacking += told
+    return ([_section("claims", "Claims", claims.summary(verdicts, lacking))] if verdicts else []) + alone
 
 
 def _section(key: str, title: str, table: Summary) -> Row:
@@ -387,7 +396,7 @@ def _in_words(
         said.append(f"These protect only against the naive attacker, who does not know them: {'; '.join(flagged)}.")
     if lost := int((leaks["verdict"] == "not converged").sum()):
         said.append(
-            f"{lost} of the {len(leaks)} attacks did not converge: this attacker did not get there, "
+            f"{lost} of the {len(leaks)} attacks stole nothing and did not converge: this attacker did not get there, "
             "which does not mean that the victim was protected."
         )
     if not text:

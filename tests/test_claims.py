@@ -189,7 +189,7 @@ def test_what_leaks_less_leaks_less_though_searches_that_did_not_end_had_found_e
         return one.verdict, one.ours.rpartition("pairs")[2]
 
     for settings in (less, more):
-        lost = ", not converged: 4/8 and 0/8" if settings is less else ", not converged: 0/8 and 4/8"
+        lost = ", not ended: 4/8 and 0/8" if settings is less else ", not ended: 0/8 and 4/8"
         assert said("adaptive", settings, converged=True) == (HOLDS, "")
         assert said("adaptive", settings, converged=half) == (OPEN, lost)
         assert said("adaptive", settings, converged=[False] + [True] * 7) == (HOLDS, lost.replace("4/", "1/"))
@@ -197,6 +197,18 @@ def test_what_leaks_less_leaks_less_though_searches_that_did_not_end_had_found_e
     leaks = less | {"expect": ">= 0"}
     assert said("adaptive", leaks, converged=True)[0] == REFUTED
     assert said("adaptive", leaks, converged=half)[0] == OPEN
+
+
+def test_who_is_compared_with_somebody_who_knows_refutes_nothing_by_searches_of_his_that_did_not_end():
+    """A claim that names no attacker may compare the two, or attacks of which one knows the defense."""
+    gain = {"column": "psnr_db", "of": {"attacker": "adaptive"}, "than": {"attacker": "naive"}, "expect": ">= 10"}
+    for converged, said in ((True, REFUTED), (False, OPEN)):
+        cell = Cell(["defense=fp16"], {"naive": BAD, "adaptive": BAD[::-1]}, converged=converged)
+        assert verdict(claim("difference", "any", **gain), cell) == said
+    attacks = {"precode_ignore": BAD, "precode_aware": BAD[::-1]}
+    cells = [Cell([f"attack={attack}"], {"adaptive": reached}, converged=False) for attack, reached in attacks.items()]
+    gain |= {"of": {"attack": "precode_ignore"}, "than": {"attack": "precode_aware"}}
+    assert verdict(claim("difference", "any", **gain), *cells) == OPEN
 
 
 def test_means_and_trends_mind_searches_that_did_not_end():
@@ -219,8 +231,8 @@ def test_means_and_trends_mind_searches_that_did_not_end():
         return said.verdict, said.ours.partition("n=24")[2]
 
     assert along("adaptive", True) == (HOLDS, "")
-    assert along("adaptive", never) == (OPEN, ", not converged: 8/24")
-    assert along("naive", never) == (HOLDS, ", not converged: 8/24")
+    assert along("adaptive", never) == (OPEN, ", not ended: 8/24")
+    assert along("naive", never) == (HOLDS, ", not ended: 8/24")
 
 
 def test_what_was_made_of_a_cell_later_by_another_attack_answers_nothing():
@@ -432,6 +444,16 @@ def test_verify_answers_a_study_that_was_run(tmp_path, capsys):
     assert main(["report", str(out), "-o", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert all(one.claim in page for one in claims.load() if one.study == "resolution")
+    assert "Claims, by" not in page
+    again = shutil.copytree(out, tmp_path / "again" / "resolution")
+    assert main(["report", str(out), str(again), "-o", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert all(f'"Claims, by {base}"' in page for base in (out, again))  # an answer each, and whose it is
+    capsys.readouterr()
+    assert main(["verify", "resolution", "--full", "--runs", str(tmp_path), "--format", "csv"]) == 0
+    assert all("fedsim study resolution --full" in line for line in capsys.readouterr().out.splitlines()[1:])
+    assert main(["verify", "frontier"]) == 2
+    assert "frontier answers no claim" in capsys.readouterr().err
     capsys.readouterr()
     assert main(["verify", f"dlg-resnet={out}"]) == 2
     assert capsys.readouterr().err == f"error: {out} is the folder of the study resolution: name another for dlg-resnet\n"

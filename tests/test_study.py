@@ -261,6 +261,22 @@ def test_a_bad_seed_among_others_stops_a_study_before_it_begins(seeds, tiny, cap
     assert not (tiny / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["tiny", "out=elsewhere"], "out= is of one run: a study takes -o FOLDER"),
+        (["tiny", "name=mine"], "name= is of one run"),
+        (["tiny", "seed=7", "--seeds", "2"], "seed= and --seeds both say which seeds"),
+        (["--full"], "--full is of which study? choices: "),
+    ],
+)
+def test_what_a_study_would_not_heed_is_refused(words, told, tiny, capsys):
+    assert main(["study", *words]) == 2
+    said = capsys.readouterr()
+    assert told in said.err
+    assert said.out == ""
+
+
 def test_a_dry_run_names_the_cells_and_does_nothing(tiny, capsys):
     assert main(["study", "tiny", "--dry-run", "--full", "seed=0,1", "-o", str(tiny / "out")]) == 0
     said = capsys.readouterr().out.splitlines()
