@@ -23,7 +23,18 @@ from attacks.optimizers import Stop
 from attacks.problems import Plan, Problems, in_chunks
 from attacks.terms import CosineGap, TotalVariation
 from attacks.unmixing import Undone, Unmixed
-from fedsim.defense import Defense, Mixing, Reversible, State, batch_parts, hooks_of
+from fedsim.defense import (
+    BatchDefense,
+    Defense,
+    Explained,
+    GradientDefense,
+    Mixing,
+    Reversible,
+    State,
+    batch_parts,
+    hooks_of,
+    parts_of,
+)
 from fedsim.observation import Attack, Knowledge, Observation, Reconstruction
 from fedsim.seeding import generator
 from fedsim.training import Batch, local_update
@@ -34,14 +45,17 @@ WEIGHTS = (1e-3, 1e-2, 1e-1)  # of total variation: from a tie-break to images t
 WARM_UP = 8  # rounds that fill a memory before a rehearsal
 REHEARSED = ""  # name of what is rehearsed in an escalation: its variants have those of its members
 AS_WELL = 1.1  # a gap is as good as the truth's up to this factor
+SETTLED = 0.5  # decibels that the second half of a search gains at most, of one that more evaluations do not help
 
 
 @dataclass(frozen=True)
 class Rehearsed:
     """The one of `variants` that reconstructs public images best from updates that went through the known defense.
 
-    A reconstruction `converged` if it explains what was seen as well as the truth explained it in rehearsals: then more of the same
-    search cannot help, and what was not stolen was protected from it. `attack` names the variant.
+    A reconstruction `converged` if it explains what was seen as well as the truth explained it in rehearsals, and the second half
+    of so long a search brought public images no nearer: then more of the same does not help, and what was not stolen was protected
+    from it. Not so behind a defense that does not say what it leaves possible (`explain`): who does not know what it does to an
+    update explains it by wrong images as well as by the truth. `attack` names the variant.
 
     Threat model: that of the variants, of an attacker who also knows the clients' defense (`known.defense`) and has public images.
 
@@ -83,6 +97,7 @@ class Rehearsed:
         stages = [self._stage([seen[i] for i in members], known, model, seed) for members in kinds.values()]
         chosen = dict(zip(kinds, self._rehearsed(variants, stages, known, model, seed), strict=True))
         found: dict[int, Reconstruction] = {}
+        enough: dict[tuple[int, ...], bool] = {}
         for name, attack in variants.items():
             members = [i for kind, those in kinds.items() if chosen[kind][0] == name for i in those]
             if not members:
@@ -97,9 +112,15 @@ class Rehearsed:
                 report=lambda done, _, before=before: report(before + done, len(seen)) if report else None,  # type: ignore[misc]
             )
             for i, stolen in zip(members, made, strict=True):
-                as_well = chosen[_kind(seen[i], known)][1]
+                kind = _kind(seen[i], known)
                 unit = float(_problems([seen[i]], known, model, attack).unit)
-                found[i] = replace(stolen, attack=name, converged=stolen.converged or stolen.loss <= as_well * unit)
+                ended = stolen.converged
+                if not ended and stolen.loss <= chosen[kind][1] * unit and _is_understood(known.defense):
+                    if kind not in enough:
+                        stage = stages[list(kinds).index(kind)]
+                        enough[kind] = self._settles(attack, stage, known, model, seed)
+                    ended = enough[kind]
+                found[i] = replace(stolen, attack=name, converged=ended)
         return [found[i] for i in range(len(seen))]
 
     def _fitting(self, one: Observation, known: Knowledge, model: nn.Module) -> dict[str, GradientMatching]:
@@ -152,6 +173,21 @@ class Rehearsed:
             (name, AS_WELL * self._gap_of_truth(stage, known, model, variants[name], seed))
             for stage, (_, name) in zip(stages, best, strict=True)
         ]
+
+    def _settles(self, attack: GradientMatching, stage: "_Stage", known: Knowledge, model: nn.Module, seed: int) -> bool:
+        """Whether the second half of this search brings public images less than SETTLED nearer, in the mean."""
+        budget = attack.optimizer.evaluations
+        told = replace(known, labels=[y for _, y in stage.truth])
+        made = replace(attack, restarts=1, record=max(1, budget // 2))(stage.played, told, model, generator(seed, "settling"))
+        halfway = []
+        for one in made:
+            assert one.trace is not None
+            spent = one.trace.evaluations
+            earlier = (spent <= budget // 2 + 1) & (spent < budget)
+            if not bool(earlier.any()):  # so few evaluations have no half
+                return False
+            halfway.append(replace(one, images=one.trace.images[int(earlier.nonzero().max())]))
+        return stage.decibels(made) - stage.decibels(halfway) < SETTLED
 
     def _played(
         self, one: Observation, batches: Sequence[Batch], known: Knowledge, model: nn.Module, seed: int, number: int
@@ -226,6 +262,12 @@ class Rehearsed:
             torch.manual_seed(seed)  # for models that draw
             gaps = in_chunks(group.gaps, points, torch.arange(len(points), device=points.device), 1)
         return float((gaps / group.unit).max())
+
+
+def _is_understood(defense: object) -> bool:
+    """Whether all that a defense does to an update is told by its `explain`; what it does in training, it does in rehearsals."""
+    parts = parts_of(defense)
+    return all(map(_is_understood, parts)) if parts else isinstance(defense, Explained | BatchDefense | GradientDefense)
 
 
 @dataclass(frozen=True)
