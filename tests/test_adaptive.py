@@ -35,7 +35,7 @@ from experiments import scoring
 from experiments.config import compose
 from experiments.runner import attack_again, attack_of, start, with_history
 from fedsim.data import Dataset, load
-from fedsim.defense import Belief, Defense, hooks_of
+from fedsim.defense import Belief, Defense, State, hooks_of
 from fedsim.models import Default, lenet, mlp
 from fedsim.observation import Knowledge, Observation
 from fedsim.seeding import generator
@@ -189,6 +189,35 @@ def test_an_attacker_who_explains_all_that_noise_leaves_to_explain_has_converged
     short = replace(attack, optimizer=replace(attack.optimizer, evaluations=3))
     unfinished = adapted(short, model, defense)(seen, replace(known, defense=defense), model, generator(0, "attack"))
     assert not any(one.converged for one in unfinished)
+
+
+class Halved:
+    """A user's own defense: it does not say what it leaves possible."""
+
+    def init(self, like: Update) -> State:
+        return {}
+
+    def __call__(self, packets: Packets, state: State, rng: torch.Generator) -> tuple[Packets, State]:
+        return {name: replace(p, values=p.values / 2) for name, p in packets.items()}, state
+
+
+@pytest.mark.parametrize("evaluations", [1, 10])
+def test_a_search_that_has_hardly_begun_has_not_converged_however_well_it_explains_noise(evaluations):
+    defense = GaussianNoise(relative=0.3)
+    model, seen, _, known = victims(defense, 2, SMALL)
+    attack = adapted(attacks.cosine_lbfgs(evaluations=evaluations), model, defense)
+    made = attack(seen, replace(known, defense=defense), model, generator(0, "attack"))
+    assert not any(one.converged for one in made)
+
+
+def test_behind_a_defense_that_nobody_can_explain_no_search_has_converged():
+    defense = Halved()
+    model, seen, _, known = victims(defense, 2, SMALL)
+    attack = adapted(attacks.dlg(evaluations=30, restarts=1), model, defense)
+    assert isinstance(attack, Rehearsed)
+    for of in (defense, Chain((defense, TopK(0.9)))):
+        made = attack(seen, replace(known, defense=of), model, generator(0, "attack"))
+        assert not any(one.converged for one in made)
 
 
 def test_what_explains_an_update_no_better_than_noise_has_not_converged_and_the_noise_is_the_same_for_all():
