@@ -21,7 +21,8 @@ from fedsim.wire import Packets
 def _checked(noise: "GaussianNoise | LaplacianNoise") -> None:
     given = {name: getattr(noise, name) for name in ("std", "variance", "relative") if getattr(noise, name) is not None}
     if len(given) != 1:
-        raise ValueError(f"noise takes exactly one of std, variance and relative, got {given or 'none'}")
+        got = f"{given}: put null for the others" if given else "none"
+        raise ValueError(f"noise takes exactly one of std, variance and relative, got {got}")
     ((name, size),) = given.items()
     number(name, size, 0)
 

@@ -123,7 +123,7 @@ def _legend(axes: Axes, beside: bool = False) -> None:
 
 
 def _percent(axis: Any) -> None:
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_major_formatter(PercentFormatter(1.0))
 
 
 def _accuracy(rounds: pd.DataFrame) -> Figure:

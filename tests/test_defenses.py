@@ -257,6 +257,7 @@ WRONG = [
     (lambda: FixedPoint(8, -1), "fraction must be a whole number in 0..126, got -1"),
     (lambda: FloatFormat("fp61"), "unknown float format 'fp61': did you mean 'fp16'? choices: fp16, bf16, fp8_e4m3, fp8_e5m2"),
     (lambda: GaussianNoise(), "noise takes exactly one of std, variance and relative, got none"),
+    (lambda: GaussianNoise(std=1.0, relative=0.3), "got {'std': 1.0, 'relative': 0.3}: put null for the others"),
     (lambda: GaussianNoise(std=0.1, relative=0.3), "exactly one of std, variance and relative, got {'std': 0.1, 'relative': 0.3}"),
     (lambda: LaplacianNoise(variance=-0.1), "variance must be a number >= 0, got -0.1"),
     (lambda: LaplacianNoise(std=math.inf), "std must be a number >= 0, got inf"),
