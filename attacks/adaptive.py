@@ -99,7 +99,7 @@ class Rehearsed:
         found: dict[int, Reconstruction] = {}
         enough: dict[tuple[int, ...], bool] = {}
         for name, attack in variants.items():
-            members = [i for kind, those in kinds.items() if chosen[kind][0] == name for i in those]
+            members = [i for kind, those in kinds.items() if chosen[kind].name == name for i in those]
             if not members:
                 continue
             told = known if known.labels is None else replace(known, labels=[known.labels[i] for i in members])
@@ -115,10 +115,10 @@ class Rehearsed:
                 kind = _kind(seen[i], known)
                 unit = float(_problems([seen[i]], known, model, attack).unit)
                 ended = stolen.converged
-                if not ended and stolen.loss <= chosen[kind][1] * unit and _is_understood(known.defense):
+                if not ended and stolen.loss <= chosen[kind].gap * unit and _is_understood(known.defense):
                     if kind not in enough:
                         stage = stages[list(kinds).index(kind)]
-                        enough[kind] = self._settles(attack, stage, known, model, seed)
+                        enough[kind] = self._settles(attack, stage, chosen[kind].found, known, model, seed)
                     ended = enough[kind]
                 found[i] = replace(stolen, attack=name, converged=ended)
         return [found[i] for i in range(len(seen))]
@@ -158,27 +158,39 @@ class Rehearsed:
         known: Knowledge,
         model: nn.Module,
         seed: int,
-    ) -> list[tuple[str, float]]:
-        """For each stage the best variant's name, and the gap, in units, that the truth leaves at most; all as one program."""
+    ) -> "list[_Chosen]":
+        """The best variant for each stage; all as one program."""
         told = replace(known, labels=[y for stage in stages for _, y in stage.truth])
         played = [one for stage in stages for one in stage.played]
-        best: list[tuple[float, str]] = [(-math.inf, next(iter(variants)))] * len(stages)
+        best: list[tuple[float, str, list[Reconstruction]]] = [(-math.inf, next(iter(variants)), [])] * len(stages)
         for name, attack in variants.items():
-            budget = min(self.evaluations, attack.optimizer.evaluations)
-            brief = replace(attack, optimizer=replace(attack.optimizer, evaluations=budget), restarts=1, record=0)
-            made = iter(brief(played, told, model, generator(seed, "rehearsal", "attack")))
-            scores = [stage.decibels([next(made) for _ in stage.played]) for stage in stages]
-            best = [max(one, (score, name), key=lambda pair: pair[0]) for one, score in zip(best, scores, strict=True)]
+            made = iter(_alone(attack, self.evaluations)(played, told, model, generator(seed, "rehearsal", "attack")))
+            for i, stage in enumerate(stages):
+                found = [next(made) for _ in stage.played]
+                best[i] = max(best[i], (stage.decibels(found), name, found), key=lambda one: one[0])
         return [
-            (name, AS_WELL * self._gap_of_truth(stage, known, model, variants[name], seed))
-            for stage, (_, name) in zip(stages, best, strict=True)
+            _Chosen(name, AS_WELL * self._gap_of_truth(stage, known, model, variants[name], seed), found)
+            for stage, (_, name, found) in zip(stages, best, strict=True)
         ]
 
-    def _settles(self, attack: GradientMatching, stage: "_Stage", known: Knowledge, model: nn.Module, seed: int) -> bool:
-        """Whether the second half of this search brings public images less than SETTLED nearer, in the mean."""
+    def _settles(
+        self,
+        attack: GradientMatching,
+        stage: "_Stage",
+        rehearsed: Sequence[Reconstruction],
+        known: Knowledge,
+        model: nn.Module,
+        seed: int,
+    ) -> bool:
+        """Whether the second half of this search brings public images less than SETTLED nearer, in the mean.
+
+        rehearsed  what it made of them, if no longer than a rehearsal
+        """
         budget = attack.optimizer.evaluations
-        told = replace(known, labels=[y for _, y in stage.truth])
-        made = replace(attack, restarts=1, record=max(1, budget // 2))(stage.played, told, model, generator(seed, "settling"))
+        made = rehearsed
+        if budget > self.evaluations:
+            told = replace(known, labels=[y for _, y in stage.truth])
+            made = _alone(attack, budget)(stage.played, told, model, generator(seed, "settling"))
         halfway = []
         for one in made:
             assert one.trace is not None
@@ -264,10 +276,30 @@ class Rehearsed:
         return float((gaps / group.unit).max())
 
 
+def _alone(attack: GradientMatching, evaluations: int) -> GradientMatching:
+    """The same search of one start, of so many evaluations at most, which keeps what it has halfway."""
+    budget = min(evaluations, attack.optimizer.evaluations)
+    return replace(attack, optimizer=replace(attack.optimizer, evaluations=budget), restarts=1, record=max(1, budget // 2))
+
+
 def _is_understood(defense: object) -> bool:
     """Whether all that a defense does to an update is told by its `explain`; what it does in training, it does in rehearsals."""
     parts = parts_of(defense)
     return all(map(_is_understood, parts)) if parts else isinstance(defense, Explained | BatchDefense | GradientDefense)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What a rehearsal says of a stage.
+
+    name   of the variant that came nearest to the public images
+    gap    in units, that the truth leaves at most
+    found  what that variant made of them
+    """
+
+    name: str
+    gap: float
+    found: Sequence[Reconstruction]
 
 
 @dataclass(frozen=True)
