@@ -6,7 +6,7 @@ MLPs; behind a convolution they see its features, and this attack does not apply
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,14 +49,16 @@ class Entrance:
         return (fed.double().reshape(-1, *self.scale.shape) - self.shift) / self.scale
 
 
-def entrance(seen: Observation, known: Knowledge, model: nn.Module) -> Entrance:
+def entrance(
+    model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], image_shape: tuple[int, ...]
+) -> Entrance:
     """Finds the layer by what it is fed when the model is shown black, white and a random image; Unsupported if there is none."""
-    device = next(iter(seen.params.values())).device
-    noise = torch.rand(known.image_shape, generator=generator(0, "probe")).to(device)
+    device = next(iter(params.values())).device
+    noise = torch.rand(image_shape, generator=generator(0, "probe")).to(device)
     probes = torch.stack([torch.zeros_like(noise), torch.ones_like(noise), noise])
-    fed, _ = fed_to_linear(model, seen.params, seen.buffers, probes)
+    fed, _ = fed_to_linear(model, params, buffers, probes)
     for name, h in fed.items():
-        if h.shape[1] != noise.numel() or f"{name}.bias" not in seen.params:
+        if h.shape[1] != noise.numel() or f"{name}.bias" not in params:
             continue
         black, white, noisy = h.double().reshape(3, *noise.shape)
         scale = white - black
@@ -106,9 +108,13 @@ class Analytic:
         """One reconstruction for each observation, in order; draws nothing."""
         return one_by_one(seen, lambda one: self._invert(one, known, model), report)
 
+    def check_model(self, model: nn.Module, image_shape: tuple[int, ...]) -> None:
+        """Raises Unsupported for a model that it cannot work on."""
+        entrance(model, dict(model.named_parameters()), dict(model.named_buffers()), image_shape)
+
     def _invert(self, seen: Observation, known: Knowledge, model: nn.Module) -> Reconstruction:
         began = time.perf_counter()
-        layer = entrance(seen, known, model)
+        layer = entrance(model, seen.params, seen.buffers, known.image_shape)
         gradient = gradient_of(seen, known)
         weight, bias = gradient[f"{layer.name}.weight"].double(), gradient[f"{layer.name}.bias"].double()
         size = size_of(seen, known)

@@ -89,6 +89,10 @@ class RGAP:
         """One reconstruction for each observation, in order; draws nothing."""
         return one_by_one(seen, lambda one: self._solve(one, known, model), report)
 
+    def check_model(self, model: nn.Module, image_shape: tuple[int, ...]) -> None:
+        """Raises Unsupported for a model that it cannot work on."""
+        _chain(model)
+
     def _solve(self, seen: Observation, known: Knowledge, model: nn.Module) -> Reconstruction:
         began = time.perf_counter()
         if (size := size_of(seen, known)) != 1:

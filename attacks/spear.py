@@ -73,9 +73,13 @@ class SPEAR:
         chances = iter(streams(seen, seed, "spear"))
         return one_by_one(seen, lambda one: self._recover(one, known, model, next(chances)), report)
 
+    def check_model(self, model: nn.Module, image_shape: tuple[int, ...]) -> None:
+        """Raises Unsupported for a model that it cannot work on."""
+        entrance(model, dict(model.named_parameters()), dict(model.named_buffers()), image_shape)
+
     def _recover(self, seen: Observation, known: Knowledge, model: nn.Module, rng: torch.Generator) -> Reconstruction:
         began = time.perf_counter()
-        layer = entrance(seen, known, model)
+        layer = entrance(model, seen.params, seen.buffers, known.image_shape)
         gradient = gradient_of(seen, known)
         weight, bias = gradient[f"{layer.name}.weight"].double(), gradient[f"{layer.name}.bias"].double()
         size = size_of(seen, known)

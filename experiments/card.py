@@ -63,7 +63,7 @@ def card(
         ("other images", f"{len(setup.dataset.test)} test {_examples(setup)}, no client's, for attacks that use any: gias"),
         (
             "batch size",
-            f"told: {protocol.batch_size}" + ("" if one_gradient else f" a step, out of {_images(setup)} {_examples(setup)}"),
+            f"told: {_batch(setup)}" + ("" if one_gradient else f" a step, out of {_images(setup)} {_examples(setup)}"),
         ),
         ("local steps", f"told: {steps}"),
         ("learning rate", "not needed: the gradient itself is sent" if one_gradient else f"told: {protocol.lr:g}"),
@@ -107,9 +107,27 @@ def _proved(setup: Setup, batch_norm: bool) -> list[tuple[str, str]]:
             f"epsilon {proved.epsilon:.3g} at delta {proved.delta:g} if one {proved.unit} is replaced, after {rounds} rounds: "
             f"noise multiplier {z:.3g}, {proved.releases} releases; {quoted:.3g} as papers quote it, added or removed",
         ),
+        *_promised(setup, proved),
         ("reconstruction", f"an attacker who guesses right with {GUESS:.0%} succeeds with {bound:.1%} at most"),
         ("not covered", beside),
     ]
+
+
+def _promised(setup: Setup, proved: Guarantee) -> list[tuple[str, str]]:
+    """That delta is too large, where it is: a mechanism that publishes one of n units whole is (0, 1/n)-private."""
+    n = min(map(len, setup.shards)) if proved.unit == "example" else len(setup.shards)
+    if proved.delta * n < 1:
+        return []
+    of = f"the {n} examples of the smallest shard" if proved.unit == "example" else f"{n} clients"
+    return [
+        ("delta", f"{proved.delta:g} promises next to nothing: it allows for giving one of {of} away; take less than {1 / n:.1g}")
+    ]
+
+
+def _batch(setup: Setup) -> str:
+    """Examples of a step, for clients that have so many."""
+    asked, most = setup.protocol.batch_size, max(map(len, setup.shards))
+    return f"{asked}" if asked <= most else f"{most}, all that a client has (federation.batch_size={asked})"
 
 
 def _scored(setup: Setup) -> bool:

@@ -117,7 +117,10 @@ def _parser() -> argparse.ArgumentParser:
     attack = _command(commands, "attack", _attack, "attack again what a run captured")
     attack.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
     attack.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="attack=NAME and its settings, such as attack.restarts=3; attacker=NAME"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="attack=NAME (default: the run's own) and its settings, such as attack.restarts=3; attacker=NAME",
     )
 
     plot = _command(commands, "plot", _plot, "draw the figures of one run, or compare several")
@@ -329,35 +332,38 @@ def _finish(folders: "list[RunFolder]", figures: Path, formats: Sequence[str] = 
 
 
 def _attack(arguments: argparse.Namespace) -> int:
-    from experiments.config import build_checked, compose, usual
-    from experiments.runner import ATTACKERS
+    from experiments.config import compose, key_of, usual
     from fedsim.checks import one_of
 
     overrides = arguments.overrides
     for override in overrides:
-        if override.split("=", 1)[0].split(".", 1)[0] not in ("attack", "attacker"):
+        if key_of(override).split(".", 1)[0] not in ("attack", "attacker"):
             raise ValueError(
                 f"{override!r} is not a setting of an attack; the rest is as the run was made: "
                 "attack=NAME attack.KEY=VALUE attacker=WHO"
             )
-    config = compose(overrides)
-    if not config["attack"]:
+    another = any(key_of(override) == "attack" for override in overrides)
+    if another and not compose(overrides)["attack"]:
         raise ValueError("attack=none attacks nothing; see `fedsim list attacks`")
-    attack = build_checked("attack", config["attack"])
-    one_of("attacker", config["attacker"], ATTACKERS)
     _quiet()
     from experiments import runner
     from experiments.naming import named
+    from experiments.replay import attack_overrides
     from fedsim.run import iterate
 
-    name = config["choices"]["attack"]
-    folders, kept = iterate([arguments.run]), []
-    for folder in folders:
+    folders, asked, kept = iterate([arguments.run]), [], []
+    for folder in folders:  # what cannot be is refused before the first is attacked
+        said = overrides if another else [*attack_overrides(folder.config), *overrides]
+        config = compose(said)
+        asked.append((folder, said, config, runner.attack_of(config)))
+        one_of("attacker", config["attacker"], runner.ATTACKERS)
+    for folder, said, config, attack in asked:
+        name = config["choices"]["attack"]
         own = folder.config["attack"] if folder.config["choices"]["attack"] == name else usual("attack", name)
         if len(folders) > 1 and (lacking := runner.nothing_to_attack(folder)):
             print(f"left out: {lacking}", file=sys.stderr)
             continue
-        runner.attack_again(folder, attack, named(name, config["attack"], own), config["attacker"], (config["attack"], overrides))
+        runner.attack_again(folder, attack, named(name, config["attack"], own), config["attacker"], (config["attack"], said))
         kept.append(folder)
     if not kept:
         raise ValueError(f"{arguments.run}: no run in it has captured anything to attack")

@@ -275,12 +275,12 @@ def deploy(config: Config, path: Path, nodes: int, *, resume: bool = False) -> N
     """Runs `config` into the folder at `path` on a deployment of its own, and prints how it goes."""
     from experiments.progress import console
     from experiments.runner import finished
-    from fedsim.run import RunError, RunFolder
+    from fedsim.run import RunFolder
 
     path = path.absolute()
     config = config | {"out": str(path.parent), "name": path.name}
-    if not resume and (path / "config.json").exists():
-        raise RunError(f"{path} holds a run already: resume it with --resume {path}, or choose another name=")
+    if not resume:
+        RunFolder(path).check_free()
     told = {"memory": str(path.parent)}
     own = os.environ.get("FEDSIM_DATA") if config["data"]["name"] != "text" else None  # which holds data sets, and no text
     if root := config["data"].get("root") or own:

@@ -54,6 +54,7 @@ ATTACKERS = (  # in figures with a row for each defense: name, what it says, col
     ("adaptive", "knows it", WORST, "D", 0.15),
 )
 FEW = 8  # contenders that a legend inside the axes has room for
+LINES = "lines are medians, open marks neither stole nor converged"
 COLUMN = 30  # of a legend beside them
 PAGE = 16  # rows of pictures in one file
 
@@ -213,27 +214,13 @@ TEXTS = _Leak(
 
 def _leak(leaks: pd.DataFrame, attack: str, shown: _Leak) -> Figure:
     leaks = leaks[leaks["attack"] == attack]
-    if leaks["defense"].nunique() > 2 * FEW:
-        return _leak_in_rows(leaks, attack, shown)
+    if (defenses := leaks["defense"].nunique()) > FEW:
+        return (_leak_in_panels if defenses <= 2 * FEW else _leak_in_rows)(leaks, attack, shown)
     figure, axes = _figure(8.0, 4.0)
     every = sorted(leaks["round"].unique())
-    defenses = in_order(leaks["defense"])
-    for i, defense in enumerate(defenses):
-        of, look = leaks[leaks["defense"] == defense], _look(i)
-        place = {round: j + (i - (len(defenses) - 1) / 2) * 0.12 for j, round in enumerate(every)}
-        for converged, fill in ((True, look["color"]), (False, "none")):
-            some = of[of["converged"].astype(bool) == converged]
-            axes.scatter(
-                some["round"].map(place),
-                some[shown.column].clip(upper=shown.most),
-                s=22,
-                marker=look["marker"],
-                facecolor=fill,
-                edgecolor=look["color"],
-                alpha=0.6,
-            )
-        median = of.groupby("round")[shown.column].median().clip(upper=shown.most)
-        axes.plot([place[round] for round in median.index], median, label=defense, markersize=6, **look)
+    for i, defense in enumerate(names := in_order(leaks["defense"])):
+        place = {round: j + (i - (len(names) - 1) / 2) * 0.1 for j, round in enumerate(every)}
+        _marks(axes, leaks[leaks["defense"] == defense], place, shown, defense, _look(i))
     for level, text, side in (
         (shown.bar, shown.stolen, "bottom"),
         (leaks[shown.trivial].median(), shown.guess, "top"),
@@ -242,8 +229,59 @@ def _leak(leaks: pd.DataFrame, attack: str, shown: _Leak) -> Figure:
         axes.text(len(every) - 0.42, level, text, ha="right", va=side, fontsize=8, color="#555555")
     axes.set_xticks(range(len(every)), [str(round) for round in every])
     axes.set(xlim=(-0.6, len(every) - 0.4), xlabel="round", ylabel=shown.axis)
-    axes.set_title(f"What leaks to {attack}: lines are medians, open marks did not converge", loc="left")
+    axes.set_title(f"What leaks to {attack}: {LINES}", loc="left")
     _legend(axes, beside=True)
+    return figure
+
+
+def _marks(axes: Axes, victims: pd.DataFrame, place: dict[int, float], shown: _Leak, name: str, look: dict[str, Any]) -> None:
+    """A mark for each victim, by its round's place, and the rounds' medians as a line."""
+    for lost, fill in ((False, look["color"]), (True, "none")):
+        some = victims[(victims["verdict"] == "not converged") == lost]
+        axes.scatter(
+            some["round"].map(place),
+            some[shown.column].clip(upper=shown.most),
+            s=22,
+            marker=look["marker"],
+            facecolor=fill,
+            edgecolor=look["color"],
+            alpha=0.6,
+        )
+    median = victims.groupby("round")[shown.column].median().clip(upper=shown.most)
+    axes.plot([place[round] for round in median.index], median, label=name, markersize=6, **look)
+
+
+def _leak_in_panels(leaks: pd.DataFrame, attack: str, shown: _Leak) -> Figure:
+    """Of several defenses, a panel each with both attackers."""
+    contenders = leaks["defense"].str.removesuffix(KNOWING)
+    names, every = in_order(contenders), sorted(leaks["round"].unique())
+    across = min(4, len(names))
+    down = math.ceil(len(names) / across)
+    figure, panels = plt.subplots(
+        down, across, figsize=(2.6 * across, 2.1 * down + 1.1), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes in panels.flat[len(names) :]:
+        axes.set_visible(False)
+    said: dict[str, Any] = {}
+    for i, (axes, name) in enumerate(zip(panels.flat, names, strict=False)):
+        for who, says, colour, marker, shift in ATTACKERS:
+            of = leaks[(contenders == name) & (leaks["attacker"] == who)]
+            if len(of):
+                place = {round: j + shift for j, round in enumerate(every)}
+                _marks(axes, of, place, shown, says, {"color": colour, "marker": marker})
+        for level, text, style in ((shown.bar, shown.stolen, "--"), (leaks[shown.trivial].median(), shown.guess, ":")):
+            axes.axhline(level, color="#555555", linestyle=style, linewidth=1, label=text)
+        axes.set_title("\n".join(textwrap.wrap(name, 30)), fontsize=8)
+        axes.set_xticks(range(len(every)), [str(round) for round in every])
+        axes.set_xlim(-0.6, len(every) - 0.4)
+        if lowest := i + across >= len(names):  # nothing stands below
+            axes.set_xlabel("round")
+        axes.tick_params(labelbottom=lowest)
+        handles, labels = axes.get_legend_handles_labels()
+        said |= dict(zip(labels, handles, strict=True))
+    figure.supylabel(shown.axis, fontsize=10)
+    figure.suptitle(f"What leaks to {attack}: {LINES}", fontsize=11)
+    figure.legend(said.values(), said.keys(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 

@@ -52,6 +52,16 @@ def _overrides(config: Config) -> list[str]:
     return [*found, *_differing(config, _composed(found), ""), f"seed={config['seed']}"]
 
 
+def attack_overrides(config: Config) -> list[str]:
+    """The overrides by which a run's own attack and attackers compose. Raises ConfigError for a run without an attack."""
+    if not config["attack"]:
+        raise ConfigError("the run has no attack of its own (attack=none): say which, attack=NAME; see `fedsim list attacks`")
+    name = config["choices"]["attack"]
+    chosen = [f"attack={name}"] if name in choices("attack") else []  # else a class in its place
+    unusual = _differing(config["attack"], _composed(tuple(chosen))["attack"], "attack.")
+    return [*chosen, *unusual, f"attacker={config.get('attacker', 'naive')}"]  # folders of earlier versions name no attacker
+
+
 def _initialization(config: Config, composed: Config) -> tuple[str, ...]:
     """The choice of the first weights, whose name is not written down: of its class, if the model's own is of another."""
     init, own = config["model"].get("init") or {}, composed["model"].get("init") or {}

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import platform
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attacks import Escalation, GradientMatching, adapted
+from attacks import Escalation, GradientMatching, Unsupported, adapted
 from attacks.adaptive import rehearses
 from attacks.hidden_noise import hidden_noises
 from attacks.metrics import WINDOW
@@ -45,6 +46,16 @@ from fedsim.tap import Tap
 
 VIEWS = 16  # rounds of one client that are held together; each costs as much as the first
 ATTACKERS = ("naive", "adaptive", "both")
+# Of Flower's strategies, which take any number: the least, what they stay below, and whether they are above the least.
+BOUNDS = {
+    "eta": (0.0, math.inf, True),
+    "tau": (0.0, math.inf, True),
+    "beta_1": (0.0, 1.0, False),
+    "beta_2": (0.0, 1.0, False),
+    "proximal_mu": (0.0, math.inf, False),
+    "server_learning_rate": (0.0, math.inf, True),
+    "server_momentum": (0.0, 1.0, False),
+}
 
 
 def check_config(config: Config, *, files: bool = True) -> None:
@@ -91,6 +102,7 @@ def check_config(config: Config, *, files: bool = True) -> None:
     model = _network(config).train(config["federation"].get("train_mode", True))
     check_model(build_checked("defense", config["defense"]), model)
     _check_batch(model, config)
+    _check_fits(attack, model, config)
     if data.get("train_size") is not None and data["train_size"] < clients:
         raise ValueError(
             f"data.train_size={data['train_size']} examples are too few for federation.clients={clients}: one each at least"
@@ -124,14 +136,32 @@ def _check_batch(model: nn.Module, config: Config) -> None:
         raise ConfigError(f"{told}; {ways}") from None
 
 
+def _check_fits(attack: Any, model: nn.Module, config: Config) -> None:
+    """Raises ConfigError for a network that the attack cannot work on, where it can tell beforehand."""
+    if (check_model := getattr(attack, "check_model", None)) is None:
+        return
+    try:
+        with torch.random.fork_rng(devices=[]):
+            check_model(model, _shape(config))
+    except Unsupported as error:
+        raise ConfigError(
+            f"attack={config['choices']['attack']} does not fit model={config['choices']['model']}: {error}"
+        ) from None
+
+
 def _check_strategy(config: Config) -> None:
     """Raises ConfigError for numbers of a robust strategy with which it aggregates nothing."""
-    from fedsim.checks import whole
+    from fedsim.checks import number, whole
 
     strategy, chosen, per_round = config["strategy"], config["choices"]["strategy"], config["federation"]["per_round"]
     for key, least in (("num_malicious_nodes", 0), ("num_nodes_to_select", 1)):
         if key in strategy:
             whole(f"strategy.{key}", strategy[key], least)
+    for key in strategy.keys() & BOUNDS.keys():
+        low, below, more = BOUNDS[key]
+        number(f"strategy.{key}", strategy[key], low, above=more)
+        if strategy[key] >= below:
+            raise ConfigError(f"strategy.{key} must be below {below:g}, got {strategy[key]:g}")
     if chosen == "bulyan" and per_round < (needed := 4 * strategy["num_malicious_nodes"] + 3):
         told = f"strategy.num_malicious_nodes={strategy['num_malicious_nodes']} takes {needed} clients a round (4 f + 3)"
         raise ConfigError(f"{told}, and federation.per_round={per_round}: no round would change the model")
@@ -227,6 +257,7 @@ def start(config: Config, path: Path, command: str, engine: Engine | None = None
     """
     one_thread()
     engine = engine or _engine(config)
+    RunFolder(path).check_free()
     setup = setup_of(config)
     show_card(setup, config)  # before there is a folder: a run that cannot be is refused here
     folder = RunFolder.create(path, config, environment(setup, command))

@@ -6,9 +6,11 @@ sent them, so leaving the unit out, and being hidden among other clients, are no
 subsampling are those of Google's dp-accounting.
 """
 
+import contextlib
 import functools
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import NormalDist
 
 # Renyi orders: any will do, and more of them are a little better and slower.
@@ -37,7 +39,8 @@ def epsilon(noise_multiplier: float, releases: int, delta: float, rate: float = 
     whole = 10**9  # the library asks for sizes, and uses their ratio
     one = dp_accounting.SampledWithoutReplacementDpEvent(whole, round(rate * whole), dp_accounting.GaussianDpEvent(sigma))
     accountant = rdp.RdpAccountant(ORDERS, dp_accounting.NeighboringRelation.REPLACE_ONE)
-    return min(certain, float(accountant.compose(one, releases).get_epsilon(delta)))
+    with _of_the_orders_that_can_be_had():
+        return min(certain, float(accountant.compose(one, releases).get_epsilon(delta)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -54,7 +57,20 @@ def quoted_epsilon(noise_multiplier: float, releases: int, delta: float, rate: f
     if rate >= 1:
         return float(dp_accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(releases), delta))
     one = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise_multiplier))
-    return float(rdp.RdpAccountant(ORDERS).compose(one, releases).get_epsilon(delta))
+    with _of_the_orders_that_can_be_had():
+        return float(rdp.RdpAccountant(ORDERS).compose(one, releases).get_epsilon(delta))
+
+
+@contextlib.contextmanager
+def _of_the_orders_that_can_be_had() -> Iterator[None]:
+    """The library warns of orders whose series does not converge, and leaves them out of the smallest, which is still a bound."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def noise_for(target: float, spent: Callable[[float], float]) -> float:

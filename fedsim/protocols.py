@@ -57,7 +57,10 @@ class Protocol(TypingProtocol):
 
 def _checked(protocol: "FedSGD | FedAvg") -> None:
     whole("federation.clients", protocol.clients)
-    whole("federation.per_round", protocol.per_round, high=protocol.clients)
+    whole("federation.per_round", protocol.per_round)
+    if protocol.per_round > protocol.clients:
+        told = f"federation.per_round={protocol.per_round} are more than federation.clients={protocol.clients}"
+        raise ValueError(f"{told}: add federation.per_round={protocol.clients}, or take more clients")
     whole("federation.batch_size", protocol.batch_size)
     number("federation.lr", protocol.lr, 0, above=True)
 

@@ -68,9 +68,9 @@ class RunFolder:
         """Inside, the folder is empty and this process alone makes a run of it; one that was killed in here is made anew."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._check_free()  # a lock is a file as well, and belongs in no folder of others
+            self.check_free()  # a lock is a file as well, and belongs in no folder of others
             with self.held():
-                self._check_free()
+                self.check_free()
                 (self.path / BEGUN).touch()
                 for name in set(os.listdir(self.path)) - {".lock", BEGUN}:  # left by who was killed
                     left = self.path / name
@@ -82,10 +82,11 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"cannot write to {self.path}: {error.strerror}; choose another folder with out=") from None
 
-    def _check_free(self) -> None:
+    def check_free(self) -> None:
+        """Raises RunError where a new run would find a run already, or anything else."""
         if (self.path / "config.json").exists():
             raise RunError(f"{self.path} holds a run already: resume it with --resume {self.path}, or choose another name=")
-        if not (self.path / BEGUN).exists() and (others := sorted(set(os.listdir(self.path)) - {".lock"})):
+        if self.path.is_dir() and not (self.path / BEGUN).exists() and (others := sorted(set(os.listdir(self.path)) - {".lock"})):
             raise RunError(f"{self.path} is not empty, it holds {others[0]}: choose another name=")
 
     @classmethod

@@ -61,6 +61,23 @@ def test_the_card_tells_one_gradient_from_local_training():
     assert local["taps"] == "every 5 rounds, clients [0, 2]"
 
 
+def test_no_step_has_more_images_than_a_client():
+    lines = dict(card(setup_of(compose([*SMALL, "federation.batch_size=1000"])), Tap(), "dlg", "none"))
+    assert lines["batch size"] == "told: 20, all that a client has (federation.batch_size=1000)"
+
+
+@pytest.mark.parametrize(("name", "units"), [("dpsgd", "20 examples of the smallest shard"), ("dp_fedavg", "3 clients")])
+def test_a_delta_that_promises_nothing_is_named(name, units, recwarn, caplog):
+    private = [*SMALL, f"defense={name}", "rounds=1"]
+    small, large = (
+        dict(card(setup_of(compose([*private, f"defense.delta={delta}"])), Tap(), "dlg", name)) for delta in (1e-5, 0.4)
+    )
+    assert "delta" not in small
+    assert f"one of the {units} away" in large["delta"] or f"one of {units} away" in large["delta"]
+    assert not caplog.records  # of an order for which the library has no number
+    assert not recwarn
+
+
 def test_an_attack_that_is_told_the_labels_is_said_to_be():
     for name in ("cosine_adam", "gias"):
         for told, says in ((True, "told: the true ones"), (False, "not told")):

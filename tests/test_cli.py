@@ -91,6 +91,10 @@ def test_another_attack_adds_rows_and_keeps_the_old(run, capsys):
     after = RunFolder(run).leaks()
     pd.testing.assert_frame_equal(after[after["attack"] == "dlg"].reset_index(drop=True), old)
     assert after["attack"].str.startswith("dlg_").sum() == len(old)
+    assert fedsim("attack", run) == 0  # the run's own: as it was
+    again = RunFolder(run).leaks()
+    assert set(again["attack"]) == set(after["attack"])
+    assert list(again.loc[again["attack"] == "dlg", "psnr_db"]) == list(old["psnr_db"])
     assert fedsim("attack", run, "attack=none") == 2
     assert fedsim("attack", run, "defense=topk") == 2
     assert "'defense=topk' is not a setting of an attack" in capsys.readouterr().err
@@ -147,6 +151,8 @@ def test_plot_draws_how_the_worst_and_the_median_leak_came_about_where_that_was_
 def test_a_run_that_leaves_the_test_set_alone_has_leaks_and_no_accuracy(tmp_path, capsys):
     run = tmp_path / "run"
     assert fedsim("run", *TINY, "attack=idlg", "evaluate.every=null", f"out={tmp_path}", "name=run") == 0
+    assert fedsim("attack", run, "attack.evaluations=7") == 0  # of the run's own kind
+    assert set(RunFolder(run).leaks()["attack"]) == {"idlg", "idlg_evaluations=7"}
     assert RunFolder(run).rounds()["accuracy"].isna().all()
     assert "accuracy" not in {path.stem for path in (run / "figures").glob("*.png")}
     capsys.readouterr()
@@ -167,8 +173,11 @@ def test_resuming_a_finished_run_says_so(run, capsys):
 
 
 def test_the_same_name_twice_is_refused(run, capsys):
+    capsys.readouterr()
     assert fedsim("run", *TINY, f"out={run.parent}", "name=one") == 2
-    assert "holds a run already: resume it with --resume" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "holds a run already: resume it with --resume" in said.err
+    assert said.out == ""  # and no card of a run that is not to be
 
 
 def test_a_sweep_is_a_folder_of_runs_and_their_comparison(tmp_path, capsys):

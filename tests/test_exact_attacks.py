@@ -96,7 +96,7 @@ def test_the_layer_that_sees_the_image_is_found_in_any_module() -> None:
     images, labels = images_of(TINY, 3), torch.tensor([4, 0, 2])
     seen = [client(model, images[i : i + 1], labels[i : i + 1]) for i in range(3)]
     known = Knowledge(TINY, 5)
-    layer = entrance(seen[0], known, model)
+    layer = entrance(model, seen[0].params, seen[0].buffers, known.image_shape)
     assert layer.name == "first"  # the decoy comes after it in use, and sees squares
     assert torch.allclose(layer.images(layer.fed(images)), images.double(), atol=1e-6)
     for i, one in enumerate(Analytic()(seen, known, model, generator(0, "odd"))):

@@ -60,6 +60,26 @@ def test_many_defenses_have_a_row_each_with_both_attackers():
     assert adaptive[:, 1].tolist() == pytest.approx([i + 0.15 for i in range(1, 46)])
 
 
+def test_open_marks_are_the_searches_that_tables_count_as_not_converged():
+    some = leaks()[:3].assign(converged=[True, False, False], verdict=["not stolen", "stolen", "not converged"])
+    marks = plots._leak(some.assign(defense="none"), "dlg", plots.IMAGES).axes[0].collections
+    assert [len(mark.get_offsets()) for mark in marks] == [2, 1]
+    assert [len(mark.get_facecolor()) for mark in marks] == [1, 0]
+
+
+def test_several_defenses_have_a_panel_each_with_both_attackers_in_their_rounds():
+    few = leaks()
+    few = few[few["defense"].str.removesuffix(summary.KNOWING).isin(["none", *NAMES[:5]])]
+    some = pd.concat([few, few.assign(round=7)])
+    figure = plots._leak(some, "dlg", plots.IMAGES)
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title().replace("\n", " ") for axes in panels] == ["none", *NAMES[:5]]
+    for i, axes in enumerate(panels):
+        naive, *adaptive = [line.get_xydata().tolist() for line in axes.get_lines() if len(line.get_xdata()) == 2][: 1 + (i > 0)]
+        assert naive == [[pytest.approx(j - 0.15), 10.0 + i] for j in range(2)]
+        assert adaptive == [[[pytest.approx(j + 0.15), 15.0 + i] for j in range(2)]] * (i > 0)
+
+
 def test_many_defenses_are_ranked_by_the_stronger_attacker_and_by_what_they_cost():
     some = leaks()
     some = some.assign(run=some["defense"].str.removesuffix(summary.KNOWING), verdict="not stolen")
@@ -97,7 +117,7 @@ def test_names_of_any_length_leave_room_for_the_marks():
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("many", [2, 12, 45])
+@pytest.mark.parametrize("many", [2, 6, 12, 45])
 def test_legends_of_any_length_fit_their_figure(many, tmp_path):
     some = leaks()
     some = some[some["defense"].isin([*NAMES[:many], *(name + summary.KNOWING for name in NAMES[:many])])]
