@@ -343,7 +343,8 @@ def _attack(arguments: argparse.Namespace) -> int:
                 "attack=NAME attack.KEY=VALUE attacker=WHO"
             )
     another = any(key_of(override) == "attack" for override in overrides)
-    if another and not compose(overrides)["attack"]:
+    known = compose([override for override in overrides if another or key_of(override) == "attacker"])
+    if not known["attack"]:
         raise ValueError("attack=none attacks nothing; see `fedsim list attacks`")
     _quiet()
     from experiments import runner
@@ -351,22 +352,23 @@ def _attack(arguments: argparse.Namespace) -> int:
     from experiments.replay import attack_overrides
     from fedsim.run import iterate
 
-    folders, asked, kept = iterate([arguments.run]), [], []
+    one_of("attacker", known["attacker"], runner.ATTACKERS)
+    if another:
+        runner.attack_of(known)
+    folders, asked = iterate([arguments.run]), []
     for folder in folders:  # what cannot be is refused before the first is attacked
-        said = overrides if another else [*attack_overrides(folder.config), *overrides]
-        config = compose(said)
-        asked.append((folder, said, config, runner.attack_of(config)))
-        one_of("attacker", config["attacker"], runner.ATTACKERS)
-    for folder, said, config, attack in asked:
-        name = config["choices"]["attack"]
-        own = folder.config["attack"] if folder.config["choices"]["attack"] == name else usual("attack", name)
         if len(folders) > 1 and (lacking := runner.nothing_to_attack(folder)):
             print(f"left out: {lacking}", file=sys.stderr)
             continue
-        runner.attack_again(folder, attack, named(name, config["attack"], own), config["attacker"], (config["attack"], said))
-        kept.append(folder)
-    if not kept:
+        said = overrides if another else [*attack_overrides(folder.config), *overrides]
+        config = compose(said)
+        asked.append((folder, said, config, runner.attack_of(config)))
+    if not asked:
         raise ValueError(f"{arguments.run}: no run in it has captured anything to attack")
+    for folder, said, config, attack in asked:
+        name = config["choices"]["attack"]
+        own = folder.config["attack"] if folder.config["choices"]["attack"] == name else usual("attack", name)
+        runner.attack_again(folder, attack, named(name, config["attack"], own), config["attacker"], (config["attack"], said))
     return _finish(folders, arguments.run / "figures")
 
 
