@@ -99,8 +99,8 @@ def decibels(found: list, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("defense", [TopK(0.7), UniformQuantization(16), Chain((TopK(0.7), StochasticQuantization(120)))], ids=repr)
 def test_who_knows_the_defense_sees_more(defense):
-    model, seen, images, known = victims(defense, data=SMALL)
-    attack = replace(attacks.idlg(evaluations=800), stop=attacks.Stop())
+    model, seen, images, known = victims(defense, 4, SMALL)
+    attack = replace(attacks.idlg(evaluations=400), stop=attacks.Stop())
     naive = decibels(attack(seen, known, model, generator(0, "attack")), images)
     knowing = decibels(attack(seen, replace(known, defense=defense), model, generator(0, "attack")), images)
     assert bool((knowing > naive).all())
@@ -170,7 +170,8 @@ def test_a_rehearsal_chooses_the_weight_of_the_prior_by_the_noise():
     chosen = {}
     for defense in (UniformQuantization(2**16), GaussianNoise(relative=1.0)):
         model, seen, _, known = victims(defense, 2, SMALL)
-        made = adapted(attack, model, defense)(seen, replace(known, defense=defense), model, generator(0, "attack"))
+        knowing = replace(adapted(attack, model, defense), rehearsals=4)
+        made = knowing(seen, replace(known, defense=defense), model, generator(0, "attack"))
         assert len({one.attack for one in made}) == 1  # of one round
         chosen[defense] = float(made[0].attack.removeprefix("tv="))
     quiet, loud = chosen.values()
@@ -179,10 +180,11 @@ def test_a_rehearsal_chooses_the_weight_of_the_prior_by_the_noise():
 
 def test_an_attacker_who_explains_all_that_noise_leaves_to_explain_has_converged():
     defense = StochasticQuantization(240)
-    model, seen, images, known = victims(defense, 4, SMALL)
+    model, seen, images, known = victims(defense, 2, SMALL)
     attack = attacks.idlg(evaluations=400)
     naive = attack(seen, known, model, generator(0, "attack"))
-    made = adapted(attack, model, defense)(seen, replace(known, defense=defense), model, generator(0, "attack"))
+    knowing = replace(adapted(attack, model, defense), rehearsals=2)
+    made = knowing(seen, replace(known, defense=defense), model, generator(0, "attack"))
     assert not any(one.converged for one in naive)  # rounding leaves a gap far above the tolerance
     assert all(one.converged for one in made)
     assert bool((decibels(made, images) > 20).all())
@@ -215,6 +217,7 @@ def test_behind_a_defense_that_nobody_can_explain_no_search_has_converged():
     model, seen, _, known = victims(defense, 2, SMALL)
     attack = adapted(attacks.dlg(evaluations=30, restarts=1), model, defense)
     assert isinstance(attack, Rehearsed)
+    attack = replace(attack, rehearsals=2)
     for of in (defense, Chain((defense, TopK(0.9)))):
         made = attack(seen, replace(known, defense=of), model, generator(0, "attack"))
         assert not any(one.converged for one in made)
@@ -430,10 +433,11 @@ def test_a_length_that_a_defense_hides_is_rehearsed_without():
 
 def test_clipping_stops_nobody_who_knows_of_it():
     defense = Clip(0.1)  # of gradients about 50 times as long
-    model, seen, images, known = victims(defense, 4, SMALL)
-    attack = attacks.idlg(evaluations=600)
+    model, seen, images, known = victims(defense, 2, SMALL)
+    attack = attacks.idlg(evaluations=300)
     naive = decibels(attack(seen, known, model, generator(0, "attack")), images)
-    made = adapted(attack, model, defense)(seen, replace(known, defense=defense), model, generator(0, "attack"))
+    knowing = replace(adapted(attack, model, defense), rehearsals=2)
+    made = knowing(seen, replace(known, defense=defense), model, generator(0, "attack"))
     assert all(one.attack.startswith("cosine ") for one in made)
     assert float(naive.max()) < 15
     assert float((decibels(made, images) - naive).min()) > 5

@@ -454,7 +454,7 @@ def test_a_turn_that_has_come_to_rest_waits_for_the_next() -> None:
 def test_a_batch_is_recovered_image_by_image_in_turns() -> None:
     model = Small()
     images, labels = smooth(2), torch.tensor([0, 3])
-    attack = replace(attacks.dlg(restarts=2, evaluations=4000), update="round_robin", turn=40)
+    attack = replace(attacks.dlg(restarts=2, evaluations=1600), update="round_robin", turn=40)
     (found,) = attack([sent(model, [(images, labels)], 2)], KNOWN, model, generator(0, "turns"))
     order = metrics.align(found.images, images)
     assert (metrics.mse(found.images[order], images) < 0.03).all()
