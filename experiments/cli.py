@@ -130,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
 
     table = _command(commands, "table", _table, "write the summary table of runs as Markdown, LaTeX or CSV")
     table.add_argument("runs", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders of runs")
-    table.add_argument("--format", default="markdown", metavar="FORMAT", help="markdown, latex or csv (default: markdown)")
+    table.add_argument(
+        "--format", default="markdown", metavar="FORMAT", help="markdown, latex, or csv with numbers alone (default: markdown)"
+    )
 
     report = _command(commands, "report", _report, "write one HTML file with everything there is to see of runs")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders of runs")
@@ -385,13 +387,15 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 def _table(arguments: argparse.Namespace) -> int:
     from experiments.study import distinct
-    from experiments.summary import summarised
+    from experiments.summary import numbers, summarised
     from experiments.table import FORMATS, written
     from fedsim.checks import one_of
     from fedsim.run import iterate
 
     one_of("--format", arguments.format, FORMATS)
-    print(written(summarised(distinct(iterate(arguments.runs))), arguments.format), end="")
+    runs = distinct(iterate(arguments.runs))
+    told = numbers(runs).to_csv(index=False) if arguments.format == "csv" else written(summarised(runs), arguments.format)
+    print(told, end="")
     return 0
 
 

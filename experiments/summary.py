@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,23 +185,82 @@ def summarised(folders: Sequence[RunFolder]) -> Summary:
     compared = ("against none",) if costs else ()
     columns = ["defense", "accuracy", *compared, "sent", "of dense", *proofs, *scores]
     rows = []
-    for defense in in_order(rounds["defense"]):
-        every = rounds[rounds["defense"] == defense]
-        of = furthest(every)
-        final = of.dropna(subset="accuracy").sort_values("round").groupby("run")["accuracy"].last()
-        sent = of.groupby("run")["bytes_up"].sum().mean()
-        share = of["bytes_up"].sum() / max(1, of["bytes_up_dense"].sum())
+    for defense, of, victims in _rows(rounds, leaks):
+        final, sent, share = _ends(of)
         cost = [_cost(costs[defense]) if defense in costs else ""] if compared else []
         cells = [f"{final.mean():.1%}" if len(final) else "", *cost, size(sent), f"{share:.1%}", *(_proof(of) if proofs else [])]
-        here = leaks[leaks["run"].isin(every["run"])] if len(leaks) else leaks
-        leaked = _text_cells if text else _leak_cells
-        if not len(here):
-            rows.append([defense, *cells, *leaked(here)])
-        for label, attack in itertools.product(in_order(here["defense"]), attacks) if len(here) else ():
-            if len(victims := here[(here["defense"] == label) & (here["attack"] == attack)]):
-                rows.append([row_name(label, attack, attacks), *cells, *leaked(victims)])
+        name = row_name(victims["defense"].iloc[0], victims["attack"].iloc[0], attacks) if len(victims) else defense
+        rows.append([name, *cells, *(_text_cells if text else _leak_cells)(victims)])
     notes = [note for note in (_counted(leaks), _compared(costs), _stopped(folders), _found(folders)) if note]
     return Summary(title, columns, rows, _guesses(leaks, attacks[0], len(compared + proofs), text), notes)
+
+
+def numbers(folders: Sequence[RunFolder]) -> pd.DataFrame:
+    """The same for programs: a row for each defense, attack and attacker, then what knowing nothing scores.
+
+    Accuracies, their differences and intervals of shares are from 0 to 1; thefts are counted: `stolen`, and by stricter bars, as in
+    `psnr_db_20`; `bytes_up` are a run's. A cell is empty where there is nothing to tell.
+    """
+    rounds, leaks = tables(folders)
+    costs, text = against_none(folders, rounds), of_text(folders)
+    rows: list[dict[str, Any]] = []
+    for defense, of, victims in _rows(rounds, leaks):
+        final, sent, share = _ends(of)
+        row = {"defense": defense, "runs": of["run"].nunique(), "accuracy": final.mean(), "bytes_up": sent, "bytes_share": share}
+        if defense in costs:
+            cost = costs[defense]
+            row |= {"against_none": cost.mean, "against_none_low": cost.low, "against_none_high": cost.high, "cost": cost.verdict}
+        if (proof := _proved(of)) is not None:
+            row |= {key: proof[key] for key in ("epsilon", "delta", "reconstruction_bound")}
+        if len(victims):
+            row |= {key: victims[key].iloc[0] for key in ("seen", "attack", "attacker")}
+            row |= _shares(victims, "", text, updates_of(victims))
+            row |= {"not_converged": int((victims["verdict"] == "not converged").sum())}
+            row |= {} if text else {"labels_right": int(victims["label_right"].sum())}
+        rows.append(row)
+    if len(leaks):
+        attack = leaks["attack"].iloc[0]
+        guesses = {"typical_": "the usual words"} if text else {f"{name}_": what for name, what in TRIVIAL.items()}
+        for prefix, what in guesses.items():
+            rows.append({"defense": what, "attacker": "knows nothing"} | _shares(_guessed(leaks, attack, text), prefix, text, None))
+    return pd.DataFrame(rows).convert_dtypes()  # counts stay whole where others have none
+
+
+def _shares(victims: pd.DataFrame, prefix: str, text: bool, updates: int | None) -> dict[str, Any]:
+    """How many pass each bar and their Wilson intervals, and the median or mean of what says how near they came."""
+    if text:
+        stolen = Rate(int((victims[f"{prefix}token_accuracy"] >= STOLEN_TOKENS).sum()), len(victims), updates)
+        rates, scores = {"stolen": stolen}, ("token_accuracy", "rougeL")
+        near = {score: victims[f"{prefix}{score}"].mean() for score in scores}
+    else:
+        names = {name: f"{bar.score}_{bar.level:g}" for name, bar in BARS.items()} | {next(iter(BARS)): "stolen"}
+        rates = {names[bar]: rate for bar, rate in success_rates(victims, prefix, updates).items()}
+        near = {"median_psnr_db": victims[f"{prefix}psnr_db"].median()}
+    told: dict[str, Any] = {"victims": len(victims)} | ({} if updates is None else {"updates": updates})
+    for name, rate in rates.items():
+        told |= {name: rate.passed, f"{name}_low": rate.interval[0], f"{name}_high": rate.interval[1]}
+    return told | near
+
+
+def _rows(rounds: pd.DataFrame, leaks: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """For each defense and attacker the defense, the rounds of its runs that came furthest, and the attacker's victims, if any."""
+    attacks = in_order(leaks["attack"]) if len(leaks) else []
+    for defense in in_order(rounds["defense"]):
+        every = rounds[rounds["defense"] == defense]
+        here = leaks[leaks["run"].isin(every["run"])] if len(leaks) else leaks
+        of = furthest(every)
+        if not len(here):
+            yield defense, of, here
+        for label, attack in itertools.product(in_order(here["defense"]), attacks) if len(here) else ():
+            if len(victims := here[(here["defense"] == label) & (here["attack"] == attack)]):
+                yield defense, of, victims
+
+
+def _ends(rounds: pd.DataFrame) -> tuple[pd.Series, float, float]:
+    """Of each run the last accuracy; and what a run sent, in bytes and as a share of what it would be dense."""
+    final = rounds.dropna(subset="accuracy").sort_values("round").groupby("run")["accuracy"].last()
+    sent = rounds.groupby("run")["bytes_up"].sum().mean()
+    return final, sent, rounds["bytes_up"].sum() / max(1, rounds["bytes_up_dense"].sum())
 
 
 def row_name(label: str, attack: str, attacks: Sequence[str]) -> str:
@@ -212,15 +271,19 @@ def row_name(label: str, attack: str, attacks: Sequence[str]) -> str:
 def _guesses(leaks: pd.DataFrame, attack: str, blank: int, text: bool) -> list[list[str]]:
     if not len(leaks):
         return []
-    # Each victim once: defenses and attacks mostly have the same ones, and a guess scores the same on them.
-    scores = ["typical_token_accuracy"] if text else [f"{name}_mse" for name in TRIVIAL]
-    first = leaks[leaks["attack"] == attack].drop_duplicates(["seed", "round", "client", "image", *scores])
+    first = _guessed(leaks, attack, text)
     before = ["", "", "", *[""] * blank]
     if text:
         passed = int((first["typical_token_accuracy"] >= STOLEN_TOKENS).sum())
         shares = [f"{first[f'typical_{score}'].mean():.0%}" for score in ("token_accuracy", "rougeL")]
         return [["the usual words", *before, str(Rate(passed, len(first))), "", *shares, "", ""]]
     return [[what, *before, *_bars(first, f"{name}_"), "", _median(first, f"{name}_"), ""] for name, what in TRIVIAL.items()]
+
+
+def _guessed(leaks: pd.DataFrame, attack: str, text: bool) -> pd.DataFrame:
+    """Each victim once: defenses and attacks mostly have the same ones, and a guess scores the same on them."""
+    scores = ["typical_token_accuracy"] if text else [f"{name}_mse" for name in TRIVIAL]
+    return leaks[leaks["attack"] == attack].drop_duplicates(["seed", "round", "client", "image", *scores])
 
 
 def _cost(cost: Difference) -> str:
@@ -256,12 +319,18 @@ def seeds_of(costs: dict[str, Difference]) -> str:
 
 def _proof(rounds: pd.DataFrame) -> tuple[str, str]:
     """Epsilon in the end, and how often a reconstruction succeeds at most when a blind guess has `GUESS`; empty without a proof."""
-    last = rounds.sort_values("round").groupby("run").last()
-    if last["epsilon"].isna().any():
+    if (worst := _proved(rounds)) is None:
         return "", ""
-    worst = last.sort_values("epsilon").iloc[-1]
     bound = math.ceil(100 * worst["reconstruction_bound"]) / 100  # never below what is proved
     return f"{worst['epsilon']:.3g} at {worst['delta']:g}", f"<= {bound:.0%}"
+
+
+def _proved(rounds: pd.DataFrame) -> pd.Series | None:
+    """The last round of the run that spent most; None where any has no proof."""
+    if "epsilon" not in rounds:
+        return None
+    last = rounds.sort_values("round").groupby("run").last()
+    return None if last["epsilon"].isna().any() else last.sort_values("epsilon").iloc[-1]
 
 
 def _stopped(folders: Sequence[RunFolder]) -> str | None:

@@ -73,7 +73,20 @@ def test_the_table_says_in_each_format_what_the_terminal_says(study, capsys):
         list(cells) for cells in zip(*told.rows, *told.guesses, strict=True)
     ]
     assert fedsim("table", study, "--format", "csv") == 0
-    assert list(csv.reader(io.StringIO(capsys.readouterr().out))) == [told.columns, *told.rows, *told.guesses]
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(rows) == len(told.rows + told.guesses)
+    for row, cells in zip(rows, told.rows + told.guesses, strict=True):
+        said = dict(zip(told.columns, cells, strict=True))
+        low, high = (f"{100 * float(row[f'stolen_{end}']):.0f}" for end in ("low", "high"))
+        assert said["stolen"] == f"{row['stolen']}/{row['victims']}, {low}-{high} %"
+        assert said["> 20 dB"].split(",")[0] == row["psnr_db_20"]
+        assert said["PSNR"] == f"{float(row['median_psnr_db']):.1f} dB"
+        if row["attacker"] == "knows nothing":
+            continue
+        assert said["not converged"] == f"{row['not_converged']}/{row['victims']}"
+        assert said["labels"] == f"{row['labels_right']}/{row['victims']}"
+        assert said["accuracy"] == f"{float(row['accuracy']):.1%}"
+        assert said["of dense"] == f"{float(row['bytes_share']):.1%}"
     assert fedsim("table", study) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith("| ")]
