@@ -189,6 +189,8 @@ def _check_kind(key: str, known: Any, composed: Any) -> None:
             raise ConfigError(f"{key} must be true or false, got {after!r}")
     elif isinstance(before, int | float) and (isinstance(after, bool) or not isinstance(after, int | float)):
         raise ConfigError(f"{key} must be a number, got {after!r}")
+    elif isinstance(before, int) and not isinstance(after, int) and key.startswith("model."):  # layers and units are counted
+        raise ConfigError(f"{key} must be a whole number, got {after!r}")
 
 
 def build_checked(group: str, node: Config, **more: Any) -> Any:

@@ -214,6 +214,7 @@ WRONG = [
     (["partition=dirichlet", "partition.alpha=x"], "partition.alpha must be a number, got 'x'"),
     (["partition=size_skewed", "partition.kind=liner"], "did you mean 'linear'?"),
     (["strategy=fedadam", "strategy.eta=x"], "strategy.eta must be a number, got 'x'"),
+    (["model.convs=2.5"], "model.convs must be a whole number, got 2.5"),
     (["strategy=fedadam", "strategy.beta_1=1.5"], "strategy.beta_1 must be below 1, got 1.5"),
     (["strategy=fedyogi", "strategy.tau=0"], "strategy.tau must be a number > 0, got 0"),
     (["strategy=fedprox", "strategy.proximal_mu=-1"], "strategy.proximal_mu must be a number >= 0, got -1"),
