@@ -162,12 +162,14 @@ class Rehearsed:
         """The best variant for each stage; all as one program."""
         told = replace(known, labels=[y for stage in stages for _, y in stage.truth])
         played = [one for stage in stages for one in stage.played]
-        best: list[tuple[float, str, list[Reconstruction]]] = [(-math.inf, next(iter(variants)), [])] * len(stages)
+        tried: list[list[tuple[float, str, list[Reconstruction]]]] = [[] for _ in stages]
         for name, attack in variants.items():
             made = iter(_alone(attack, self.evaluations)(played, told, model, generator(seed, "rehearsal", "attack")))
-            for i, stage in enumerate(stages):
+            for stage, scored in zip(stages, tried, strict=True):
                 found = [next(made) for _ in stage.played]
-                best[i] = max(best[i], (stage.decibels(found), name, found), key=lambda one: one[0])
+                score = stage.decibels(found)
+                scored.append((-math.inf if math.isnan(score) else score, name, found))  # images that are no numbers are no use
+        best = [max(scored, key=lambda one: one[0]) for scored in tried]
         return [
             _Chosen(name, AS_WELL * self._gap_of_truth(stage, known, model, variants[name], seed), found)
             for stage, (_, name, found) in zip(stages, best, strict=True)

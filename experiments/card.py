@@ -119,9 +119,7 @@ def _promised(setup: Setup, proved: Guarantee) -> list[tuple[str, str]]:
     if proved.delta * n < 1:
         return []
     of = f"the {n} examples of the smallest shard" if proved.unit == "example" else f"{n} clients"
-    return [
-        ("delta", f"{proved.delta:g} promises next to nothing: it allows for giving one of {of} away; take less than {1 / n:.1g}")
-    ]
+    return [("delta", f"{proved.delta:g} promises next to nothing: it allows for giving one of {of} away; take less than 1/{n}")]
 
 
 def _batch(setup: Setup) -> str:

@@ -339,7 +339,7 @@ def _attack(arguments: argparse.Namespace) -> int:
 
     overrides = arguments.overrides
     for override in overrides:
-        if key_of(override).split(".", 1)[0] not in ("attack", "attacker"):
+        if override.split("=", 1)[0].split(".", 1)[0] not in ("attack", "attacker"):
             raise ValueError(
                 f"{override!r} is not a setting of an attack; the rest is as the run was made: "
                 "attack=NAME attack.KEY=VALUE attacker=WHO"

@@ -209,14 +209,17 @@ def numbers(folders: Sequence[RunFolder]) -> pd.DataFrame:
         row = {"defense": defense, "runs": of["run"].nunique(), "accuracy": final.mean(), "bytes_up": sent, "bytes_share": share}
         if defense in costs:
             cost = costs[defense]
-            row |= {"against_none": cost.mean, "against_none_low": cost.low, "against_none_high": cost.high, "cost": cost.verdict}
+            row |= {"against_none": cost.mean, "against_none_low": cost.low, "against_none_high": cost.high}
+            row |= {"against_none_verdict": cost.verdict}
         if (proof := _proved(of)) is not None:
             row |= {key: proof[key] for key in ("epsilon", "delta", "reconstruction_bound")}
         if len(victims):
             row |= {key: victims[key].iloc[0] for key in ("seen", "attack", "attacker")}
             row |= _shares(victims, "", text, updates_of(victims))
             row |= {"not_converged": int((victims["verdict"] == "not converged").sum())}
-            row |= {} if text else {"labels_right": int(victims["label_right"].sum())}
+            counted = {"exact": "exact"} if text else {"labels_right": "label_right"}
+            row |= {name: int(victims[column].sum()) for name, column in counted.items()}
+            row |= {"tokens_found": victims["tokens_found"].mean()} if text else {}
         rows.append(row)
     if len(leaks):
         attack = leaks["attack"].iloc[0]

@@ -1,14 +1,15 @@
 """An attacker who knows the defense: what it holds candidates against, what it rehearses, and that it sees more."""
 
+import math
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import attacks
-from attacks import Rehearsed, adapted, metrics
+from attacks import GradientMatching, Rehearsed, adapted, metrics
 from attacks.evidence import believed, completed, views
 from attacks.labels import labels_behind
 from attacks.problems import Plan, Problems
@@ -210,6 +211,24 @@ def test_a_search_that_has_hardly_begun_has_not_converged_however_well_it_explai
     attack = adapted(attacks.cosine_lbfgs(evaluations=evaluations), model, defense)
     made = attack(seen, replace(known, defense=defense), model, generator(0, "attack"))
     assert not any(one.converged for one in made)
+
+
+class Lost(GradientMatching):
+    """Explains everything, by images that are no numbers."""
+
+    def __call__(self, *args, **more):
+        return [replace(one, images=one.images * math.nan, loss=0.0, converged=False) for one in super().__call__(*args, **more)]
+
+
+def test_a_variant_whose_rehearsals_end_in_no_numbers_is_not_chosen_unless_all_do():
+    defense = UniformQuantization(16)
+    model, seen, _, known = victims(defense, 2, SMALL)
+    known, fine = replace(known, defense=defense), attacks.idlg(evaluations=5)
+    lost = Lost(**{field.name: getattr(fine, field.name) for field in fields(fine)})
+    for variants, chosen in (({"lost": lost, "fine": fine}, "fine"), ({"lost": lost, "again": lost}, "lost")):
+        made = Rehearsed(variants, rehearsals=2)(seen, known, model, generator(0, "attack"))
+        assert [one.attack for one in made] == [chosen] * 2
+        assert not any(one.converged for one in made)
 
 
 def test_behind_a_defense_that_nobody_can_explain_no_search_has_converged():

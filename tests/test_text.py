@@ -1,5 +1,7 @@
 """Text: sentences and their masks, a BERT that can be differentiated twice, and what its gradients tell of what it read."""
 
+import csv
+import io
 import math
 import random
 from dataclasses import replace
@@ -600,6 +602,13 @@ def test_a_run_on_text_is_read_attacked_again_and_drawn(tmp_path, capsys):
     assert {"leak_dager.png", "leak_tag_restarts=1_iterations=3.png", "partition.png", "accuracy.png"} <= {
         path.name for path in (tmp_path / "text" / "figures").iterdir()
     }
+    assert fedsim("table", tmp_path / "text", "--format", "csv") == 0
+    rows = {row["attack"] or row["defense"]: row for row in csv.DictReader(io.StringIO(capsys.readouterr().out))}
+    assert list(rows) == ["dager", "tag_restarts=1_iterations=3", "bag_of_tokens", "the usual words"]
+    assert [rows["dager"][key] for key in ("victims", "stolen", "exact")] == ["2", "2", "2"]
+    assert float(rows["dager"]["token_accuracy"]) == 1
+    assert float(rows["bag_of_tokens"]["tokens_found"]) == 1
+    assert float(rows["the usual words"]["token_accuracy"]) < 0.5
     assert fedsim("attack", tmp_path / "text", "attack=dlg") == 2
     assert "attack=dlg reconstructs images, but data=text is text" in capsys.readouterr().err
 
