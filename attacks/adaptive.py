@@ -97,7 +97,6 @@ class Rehearsed:
         stages = [self._stage([seen[i] for i in members], known, model, seed) for members in kinds.values()]
         chosen = dict(zip(kinds, self._rehearsed(variants, stages, known, model, seed), strict=True))
         found: dict[int, Reconstruction] = {}
-        enough: dict[tuple[int, ...], bool] = {}
         for name, attack in variants.items():
             members = [i for kind, those in kinds.items() if chosen[kind].name == name for i in those]
             if not members:
@@ -111,16 +110,15 @@ class Rehearsed:
                 generator(seed, "attack"),
                 report=lambda done, _, before=before: report(before + done, len(seen)) if report else None,  # type: ignore[misc]
             )
+            explained: dict[tuple[int, ...], list[int]] = defaultdict(list)
             for i, stolen in zip(members, made, strict=True):
-                kind = _kind(seen[i], known)
-                unit = float(_problems([seen[i]], known, model, attack).unit)
-                ended = stolen.converged
-                if not ended and stolen.loss <= chosen[kind].gap * unit and _is_understood(known.defense):
-                    if kind not in enough:
-                        stage = stages[list(kinds).index(kind)]
-                        enough[kind] = self._settles(attack, stage, chosen[kind].found, known, model, seed)
-                    ended = enough[kind]
-                found[i] = replace(stolen, attack=name, converged=ended)
+                found[i] = replace(stolen, attack=name)
+                kind, unit = _kind(seen[i], known), float(_problems([seen[i]], known, model, attack).unit)
+                if not stolen.converged and stolen.loss <= chosen[kind].gap * unit and _is_understood(known.defense):
+                    explained[kind].append(i)
+            settled = self._settle(attack, [chosen[kind] for kind in explained], known, model, seed)
+            for kind, ended in zip(explained, settled, strict=True):
+                found |= {i: replace(found[i], converged=ended) for i in explained[kind]}
         return [found[i] for i in range(len(seen))]
 
     def _fitting(self, one: Observation, known: Knowledge, model: nn.Module) -> dict[str, GradientMatching]:
@@ -159,49 +157,28 @@ class Rehearsed:
         model: nn.Module,
         seed: int,
     ) -> "list[_Chosen]":
-        """The best variant for each stage; all as one program."""
-        told = replace(known, labels=[y for stage in stages for _, y in stage.truth])
-        played = [one for stage in stages for one in stage.played]
+        """The best variant for each stage."""
         tried: list[list[tuple[float, str, list[Reconstruction]]]] = [[] for _ in stages]
         for name, attack in variants.items():
-            made = iter(_alone(attack, self.evaluations)(played, told, model, generator(seed, "rehearsal", "attack")))
-            for stage, scored in zip(stages, tried, strict=True):
-                found = [next(made) for _ in stage.played]
+            made = _performed(attack, self.evaluations, stages, known, model, generator(seed, "rehearsal", "attack"))
+            for stage, found, scored in zip(stages, made, tried, strict=True):
                 score = stage.decibels(found)
                 scored.append((-math.inf if math.isnan(score) else score, name, found))  # images that are no numbers are no use
         best = [max(scored, key=lambda one: one[0]) for scored in tried]
         return [
-            _Chosen(name, AS_WELL * self._gap_of_truth(stage, known, model, variants[name], seed), found)
+            _Chosen(stage, name, AS_WELL * self._gap_of_truth(stage, known, model, variants[name], seed), found)
             for stage, (_, name, found) in zip(stages, best, strict=True)
         ]
 
-    def _settles(
-        self,
-        attack: GradientMatching,
-        stage: "_Stage",
-        rehearsed: Sequence[Reconstruction],
-        known: Knowledge,
-        model: nn.Module,
-        seed: int,
-    ) -> bool:
-        """Whether the second half of this search brings public images less than SETTLED nearer, in the mean.
-
-        rehearsed  what it made of them, if no longer than a rehearsal
-        """
-        budget = attack.optimizer.evaluations
-        made = rehearsed
-        if budget > self.evaluations:
-            told = replace(known, labels=[y for _, y in stage.truth])
-            made = _alone(attack, budget)(stage.played, told, model, generator(seed, "settling"))
-        halfway = []
-        for one in made:
-            assert one.trace is not None
-            spent = one.trace.evaluations
-            earlier = (spent <= budget // 2 + 1) & (spent < budget)
-            if not bool(earlier.any()):  # so few evaluations have no half
-                return False
-            halfway.append(replace(one, images=one.trace.images[int(earlier.nonzero().max())]))
-        return stage.decibels(made) - stage.decibels(halfway) < SETTLED
+    def _settle(
+        self, attack: GradientMatching, chosen: "Sequence[_Chosen]", known: Knowledge, model: nn.Module, seed: int
+    ) -> list[bool]:
+        """For each stage whether more of this search, which was chosen, would bring public images no nearer."""
+        budget, made = attack.optimizer.evaluations, [one.found for one in chosen]
+        if budget > self.evaluations and chosen:  # else a rehearsal was the whole search
+            stages = [one.stage for one in chosen]
+            made = _performed(attack, budget, stages, known, model, generator(seed, "settling"))
+        return [one.stage.settled(found, budget) for one, found in zip(chosen, made, strict=True)]
 
     def _played(
         self, one: Observation, batches: Sequence[Batch], known: Knowledge, model: nn.Module, seed: int, number: int
@@ -278,10 +255,23 @@ class Rehearsed:
         return float((gaps / group.unit).max())
 
 
-def _alone(attack: GradientMatching, evaluations: int) -> GradientMatching:
-    """The same search of one start, of so many evaluations at most, which keeps what it has halfway."""
+def _performed(
+    attack: GradientMatching,
+    evaluations: int,
+    stages: "Sequence[_Stage]",
+    known: Knowledge,
+    model: nn.Module,
+    rng: torch.Generator,
+) -> list[list[Reconstruction]]:
+    """What the search makes of each stage's public victims from one start, within so many evaluations, and what it had halfway.
+
+    All stages are one program.
+    """
     budget = min(evaluations, attack.optimizer.evaluations)
-    return replace(attack, optimizer=replace(attack.optimizer, evaluations=budget), restarts=1, record=max(1, budget // 2))
+    alone = replace(attack, optimizer=replace(attack.optimizer, evaluations=budget), restarts=1, record=max(1, budget // 2))
+    told = replace(known, labels=[y for stage in stages for _, y in stage.truth])
+    made = iter(alone([one for stage in stages for one in stage.played], told, model, rng))
+    return [[next(made) for _ in stage.played] for stage in stages]
 
 
 def _is_understood(defense: object) -> bool:
@@ -294,14 +284,16 @@ def _is_understood(defense: object) -> bool:
 class _Chosen:
     """What a rehearsal says of a stage.
 
+    stage  what was rehearsed
     name   of the variant that came nearest to the public images
     gap    in units, that the truth leaves at most
     found  what that variant made of them
     """
 
+    stage: "_Stage"
     name: str
     gap: float
-    found: Sequence[Reconstruction]
+    found: list[Reconstruction]
 
 
 @dataclass(frozen=True)
@@ -318,6 +310,18 @@ class _Stage:
             i, j = metrics.match(one.images, x)
             scores.append(metrics.psnr_db(one.images[i], x[j]).mean())
         return float(torch.stack(scores).mean())
+
+    def settled(self, made: Sequence[Reconstruction], budget: int) -> bool:
+        """Whether the second half of a search of `budget` evaluations brought them less than SETTLED nearer, in the mean."""
+        halfway = []
+        for one in made:
+            assert one.trace is not None
+            spent = one.trace.evaluations
+            earlier = (spent <= budget // 2 + 1) & (spent < budget)
+            if not bool(earlier.any()):  # so few evaluations have no half
+                return False
+            halfway.append(replace(one, images=one.trace.images[int(earlier.nonzero().max())]))
+        return self.decibels(made) - self.decibels(halfway) < SETTLED
 
 
 def _trained_on(one: Observation, batch: Batch, known: Knowledge, seed: int) -> Batch:
