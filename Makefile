@@ -20,7 +20,7 @@ run: .venv/installed
 	$(BIN)/fedsim run -m setting=quickstart defense=$(COMPARE) $(ARGS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 12
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 12
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -192,7 +192,9 @@ def run(
 
 def processes(workers: int) -> ProcessPoolExecutor:
     """Processes that share this one's cores, and end with it."""
-    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
+    # Forks of a process that has imported what takes long and started no thread; of this one they would inherit torch's threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.runner", "attacks", "defenses"])
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_settle, initargs=(workers,))
 
 

@@ -22,6 +22,15 @@ import torch  # noqa: E402
 torch.set_num_threads(1)  # numbers must not depend on the number of cores
 
 
+# Files that take longest; begun last, one of them would keep a single worker busy when the others have nothing left.
+LONGEST = "deployment study cli adaptive docs faults engines config matching run claims report".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def pytest_unconfigure() -> None:
     _home.cleanup()
 
