@@ -229,7 +229,7 @@ def _as_kept(cells: dict[str, Config], base: Path) -> dict[str, Config]:
         hashed = digest(config)
         named[kept.get(hashed) or (f"{name}_{hashed}" if name in taken else name)] = config
     if beside := others & cells.keys():
-        console.print(f"  {len(beside)} cells of these names are there with other settings, and stay as they are")
+        console.print(f"  there with other settings, and left as they are: {len(beside)} of the folders of these names")
     return named
 
 

@@ -23,7 +23,7 @@ torch.set_num_threads(1)  # numbers must not depend on the number of cores
 
 
 # Files that take longest; begun last, one of them would keep a single worker busy when the others have nothing left.
-LONGEST = "deployment study cli adaptive docs faults engines config matching run claims report".split()
+LONGEST = ["deployment", "study", "cli", "adaptive", "docs", "faults", "engines", "config", "matching", "run", "claims", "report"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
