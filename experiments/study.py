@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
 import time
 from collections import Counter, defaultdict
@@ -193,7 +194,8 @@ def run(
 def processes(workers: int) -> ProcessPoolExecutor:
     """Processes that share this one's cores, and end with it."""
     # Forks of a process that has imported what takes long and started no thread; of this one they would inherit torch's threads.
-    context = multiprocessing.get_context("forkserver")
+    # On macOS what is imported starts some.
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     context.set_forkserver_preload(["experiments.runner", "attacks", "defenses"])
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_settle, initargs=(workers,))
 
