@@ -194,7 +194,7 @@ def run(
 def processes(workers: int) -> ProcessPoolExecutor:
     """Processes that share this one's cores, and end with it."""
     # Forks of a process that has imported what takes long and started no thread; of this one they would inherit torch's threads.
-    # On macOS what is imported starts some.
+    # Elsewhere than on Linux no fork is safe once system libraries are loaded (Python's page on multiprocessing).
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     context.set_forkserver_preload(["experiments.runner", "attacks", "defenses"])
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_settle, initargs=(workers,))
@@ -231,7 +231,7 @@ def _as_kept(cells: dict[str, Config], base: Path) -> dict[str, Config]:
         hashed = digest(config)
         named[kept.get(hashed) or (f"{name}_{hashed}" if name in taken else name)] = config
     if beside := others & cells.keys():
-        console.print(f"  there with other settings, and left as they are: {len(beside)} of the folders of these names")
+        console.print(f"  folders of these names that have other settings and are left alone: {len(beside)}")
     return named
 
 
