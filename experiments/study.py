@@ -14,7 +14,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import sys
 import threading
 import time
 from collections import Counter, defaultdict
@@ -193,10 +192,8 @@ def run(
 
 def processes(workers: int) -> ProcessPoolExecutor:
     """Processes that share this one's cores, and end with it."""
-    # Forks of a process that has imported what takes long and started no thread; of this one they would inherit torch's threads.
-    # Elsewhere than on Linux no fork is safe once system libraries are loaded (Python's page on multiprocessing).
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    context.set_forkserver_preload(["experiments.runner", "attacks", "defenses"])
+    # A fork would inherit torch's threads in an unknown state; one of a server, the environment that the server began in.
+    context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_settle, initargs=(workers,))
 
 
