@@ -27,6 +27,8 @@ LONGEST = ["deployment", "study", "cli", "adaptive", "docs", "faults", "engines"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if gone := [name for name in LONGEST if not Path(__file__).with_name(f"test_{name}.py").is_file()]:
+        raise pytest.UsageError(f"LONGEST in tests/conftest.py names files that are not there: {', '.join(gone)}")
     place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
