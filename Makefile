@@ -11,10 +11,11 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 
 help:
 	@echo 'make run     set up, then compare four defenses on the embedded data (ARGS="seed=1 rounds=50" overrides)'
-	@echo 'make test    set up, then run all tests'
+	@echo 'make test    set up, then run all tests but the slow one'
 	@echo 'make lint    check style, format and types'
 	@echo 'make format  put the code into its format'
 	@echo 'make lock    resolve the dependencies anew'
+	@echo 'make clean   remove .venv (results in runs/ stay)'
 
 run: .venv/installed
 	$(BIN)/fedsim run -m setting=quickstart defense=$(COMPARE) $(ARGS)
@@ -31,7 +32,7 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock:
+lock: .venv/installed
 	$(BIN)/uv pip compile -q pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-annotate --no-header -o requirements.lock
 
 # uv installs in a quarter of pip's time, from the same index; pip brings it.
@@ -44,4 +45,4 @@ lock:
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv

@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         "--label", type=int, metavar="K", help="class of the image (default: 0 for a picture, its own for an index)"
     )
     invert.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="a new folder (default: below runs/)")
-    invert.add_argument("--mp4", action="store_true", help="the animation as MP4 too; needs pip install 'fedsim[video]'")
+    invert.add_argument("--mp4", action="store_true", help="the animation as MP4 too; needs pip install -e '.[video]'")
     invert.add_argument("--linear", action="store_true", help="draw the loss on a linear axis, not a logarithmic one")
     invert.add_argument(
         "--normalise", action="store_true", help="stretch each image of the theft to its darkest and brightest pixel"

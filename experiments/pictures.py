@@ -234,7 +234,7 @@ def _av() -> Any:
         import av
     except ImportError:
         raise ValueError(
-            "MP4 needs the package PyAV: pip install 'fedsim[video]'; or take GIF or WebP, which need nothing"
+            "MP4 needs the package PyAV: pip install -e '.[video]' in fedsim's clone; or take GIF or WebP, which need nothing"
         ) from None
     return av
 

@@ -104,7 +104,8 @@ def settings_of(config: Config) -> dict[str, str | int | float | bool]:
 def _installed(package: str) -> None:
     """Raises ValueError where an optional package is not there."""
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"tracker={package} needs the package {package}: pip install 'fedsim[{package}]', or leave tracker= out")
+        way_out = f"pip install -e '.[{package}]' in fedsim's clone, or leave tracker= out"
+        raise ValueError(f"tracker={package} needs the package {package}: {way_out}")
 
 
 class _Events:

@@ -153,7 +153,7 @@ def test_the_tutorial_ends_in_a_verdict_and_a_picture(tmp_path):
 FEW = ["data.train_size=20", "data.test_size=10", "federation.clients=2", "federation.per_round=2", "tap.clients=1"]
 BRIEF = [*FEW, "rounds=1", "tap.rounds=[1]", "attack.evaluations=3"]
 SHORTER = {
-    "fedsim run data=cifar10 federation=fedsgd defense=topk": [*BRIEF, "attacker=naive", "name=NAME"],
+    "fedsim run federation=fedsgd defense=topk": [*BRIEF, "attacker=naive", "name=NAME"],
     "fedsim run -m setting=quickstart defense=none,topk,topk_ef": [*BRIEF, "attacker=naive", "name=OTHER"],
     "fedsim run -m setting=quickstart defense=none,precode": [*BRIEF, "attacker=naive"],
     "fedsim run --resume": [],

@@ -177,7 +177,7 @@ def test_a_missing_package_is_one_line_before_anything_starts(kind, tmp_path, mo
     assert fedsim("run", *SMALL, f"tracker={kind}", f"out={tmp_path}") == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert f"pip install 'fedsim[{kind}]'" in said.err
+    assert f"pip install -e '.[{kind}]'" in said.err
     assert said.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -56,7 +56,8 @@ class Ray:
         number("engine.cpus", self.cpus, 0, above=True)
         number("engine.gpus", self.gpus, 0)
         if importlib.util.find_spec("ray") is None:
-            raise ValueError("engine=ray needs Ray, which is not installed: pip install 'fedsim[ray]', or take engine=inline")
+            way_out = "pip install -e '.[ray]' in fedsim's clone, or take engine=inline"
+            raise ValueError(f"engine=ray needs Ray, which is not installed: {way_out}")
 
         if self.address is None:
             for what, wanted, there in (("cpus", self.cpus, os.cpu_count() or 1), ("gpus", self.gpus, torch.cuda.device_count())):
