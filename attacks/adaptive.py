@@ -190,27 +190,26 @@ class Rehearsed:
         """
         assert isinstance(known.defense, Defense)
         if one.summed:
-            return replace(one, packets=self._played_sum(one, batches[0], known, model, seed, number), sent_buffers={})
+            packets, buffers = self._played_sum(one, batches[0], known, model, seed, number)
+            return replace(one, packets=packets, sent_buffers=buffers)
         state = known.defense.init(one.update)
         sent: Observation | None = None
         for back, view in _history(one, remembered=bool(state)):
             batch = batches[0 if known.same_images else back % len(batches)]
-            packets, state = self._sent(view, batch, (0, 1), state, known, model, seed, number, back)
+            packets, state, buffers = self._sent(view, batch, (0, 1), state, known, model, seed, number, back)
             previous = None if view.previous is None else sent
-            sent = replace(view, packets=packets, client=number, sent_buffers={}, previous=previous)
+            sent = replace(view, packets=packets, client=number, sent_buffers=buffers, previous=previous)
         assert sent is not None
         return sent
 
-    def _played_sum(self, one: Observation, batch: Batch, known: Knowledge, model: nn.Module, seed: int, number: int) -> Packets:
-        """The mean update of as many clients, which share the batch."""
+    def _played_sum(
+        self, one: Observation, batch: Batch, known: Knowledge, model: nn.Module, seed: int, number: int
+    ) -> tuple[Packets, Update]:
+        """The mean update, and buffers, of as many clients, which share the batch."""
         assert isinstance(known.defense, Defense)
         clients, state = len(one.summed), known.defense.init(one.update)
-        mean: Update = {}
-        for i in range(clients):
-            packets, _ = self._sent(one, batch, (i, clients), state, known, model, seed, number * clients + i, 0)
-            for name, t in unpack(packets).items():
-                mean[name] = mean.get(name, 0) + t / clients
-        return pack(mean)
+        sent = [self._sent(one, batch, (i, clients), state, known, model, seed, number * clients + i, 0) for i in range(clients)]
+        return pack(_mean([unpack(packets) for packets, _, _ in sent])), _mean([buffers for _, _, buffers in sent])
 
     def _sent(
         self,
@@ -223,8 +222,9 @@ class Rehearsed:
         seed: int,
         number: int,
         back: int,
-    ) -> tuple[Packets, State]:
-        """What one of several clients sends, that has each `part[1]`-th image of every step's batch from `part[0]` on."""
+    ) -> tuple[Packets, State, Update]:
+        """What one of several clients sends, that has each `part[1]`-th image of every step's batch from `part[0]` on: its update,
+        what it remembers, and those of its buffers that are sent in the victim's place."""
         assert isinstance(known.defense, Defense)
         plan, (x, y), (first, step) = Plan.of(view, known, True), batch, part
         places = [torch.tensor(places)[first::step] % plan.images for places in plan.steps]
@@ -241,7 +241,8 @@ class Rehearsed:
                 proximal=known.proximal,
                 hooks=hooks_of(known.defense, known.num_classes, seed, view.round, number),
             )
-        return known.defense(pack(trained.update), state, generator(seed, "rehearsal", "defense", number, back))
+        packets, state = known.defense(pack(trained.update), state, generator(seed, "rehearsal", "defense", number, back))
+        return packets, state, {name: trained.buffers[name] for name in view.sent_buffers}
 
     def _gap_of_truth(self, stage: "_Stage", known: Knowledge, model: nn.Module, attack: GradientMatching, seed: int) -> float:
         if attack.noises(model):  # what the clients drew is part of the truth, and not among what is told here
@@ -253,6 +254,10 @@ class Rehearsed:
             torch.manual_seed(seed)  # for models that draw
             gaps = in_chunks(group.gaps, points, torch.arange(len(points), device=points.device), 1)
         return float((gaps / group.unit).max())
+
+
+def _mean(updates: Sequence[Update]) -> Update:
+    return {name: sum(one[name] / len(updates) for one in updates) for name in updates[0]}  # type: ignore[misc]
 
 
 def _performed(
@@ -420,7 +425,8 @@ def _informed(attack: Attack, model: nn.Module, defense: object) -> Attack | Non
     others = tuple(prior for prior in attack.priors if not isinstance(prior, TotalVariation))
     ways: dict[str, GradientMatching] = {"": attack}
     if hidden_noises(model):
-        ways = {"before_noise ": replace(attack, matched="before_noise"), "sought ": replace(attack, noise="sought")}
+        # Each of several local steps draws anew, so where the draw is looked for they are taken for one.
+        ways = {"before_noise ": replace(attack, matched="before_noise"), "sought ": replace(attack, noise="sought", imitate=False)}
     if getattr(defense, "rescales", False) and not attack.gap.scale_free:
         # Random noise is a start that a gap of directions does not get away from.
         init = "grey" if attack.init == "normal" else attack.init

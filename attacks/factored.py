@@ -63,7 +63,7 @@ class _Distance(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         back, fed, off = ctx.saved_tensors
         twice = 2 * gradients[0]
-        return twice * (fed @ off.T), twice * (back @ off), None
+        return twice * (fed @ off.T), twice * (back @ off), -twice * off if ctx.needs_input_grad[2] else None
 
 
 class _Uses(TorchFunctionMode):

@@ -255,6 +255,8 @@ class GenerativePrior:
             raise ValueError("a generative prior needs known.public: images of the victims' kind, such as a test split's")
         if _shape(known.public) != tuple(known.image_shape):
             raise ValueError(f"public images must be {tuple(known.image_shape)} like the victims', got {_shape(known.public)}")
+        if len(known.public) < 2:
+            raise ValueError(f"a generator is made of 2 public images and more, got {len(known.public)}: raise data.test_size")
         return fitted(self.generator, known.public)
 
     def _solve(self, group: Problems, network: "Generator", starts: Tensor) -> list[Reconstruction]:

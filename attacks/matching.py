@@ -172,8 +172,10 @@ class GradientMatching:
             with threads, torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else []):
                 torch.manual_seed(seed)  # for models that draw: dropout, variational bottlenecks
                 if self.labels != "joint":
-                    labels = torch.stack([self.labels_of(seen[i], i, plan, known, model) for i in members])
-                    group.labels = labels.repeat(1, plan.copies)
+                    labels = [self.labels_of(seen[i], i, plan, known, model) for i in members]
+                    if given:
+                        labels = [_beside(given[i], those) for i, those in zip(members, labels, strict=True)]
+                    group.labels = torch.stack(labels).repeat(1, plan.copies)
                 before = len(results)
                 solved = self._solve(
                     group,
@@ -315,3 +317,9 @@ class GradientMatching:
             trace=group.trace(moments, i, chunk) if moments else None,
             probabilities=soft if group.labels is None else None,
         )
+
+
+def _beside(given: Reconstruction, labels: Tensor) -> Tensor:
+    """Labels (n,) in the order of the images that are given, if those have the same; else as they are."""
+    own = given.labels.to(labels)
+    return own if torch.equal(own.sort().values, labels.sort().values) else labels

@@ -550,6 +550,7 @@ def minimise(
     owner = torch.tensor([waiting.popleft() for _ in range(min(chunk, len(waiting)))], dtype=torch.int64, device=device)
     spent, since = torch.zeros_like(owner), torch.zeros_like(owner)
     last = flat.new_full((len(owner),), math.inf)
+    least = last.clone()  # so far, over all turns
     state, finished = None, 0
     while state is None:
         try:
@@ -557,16 +558,15 @@ def minimise(
         except (RuntimeError, MemoryError) as error:
             few = _halved(error, len(owner), pieces.unit)
             waiting.extendleft(reversed(owner[few:].tolist()))
-            owner, spent, since, last = owner[:few], spent[:few], since[:few], last[:few]
+            owner, spent, since, last, least = owner[:few], spent[:few], since[:few], last[:few], least[:few]
     while len(owner):
         loss, gradient = pieces(state.trial, owner // r)
         if blocks is not None:
             gradient = gradient * blocks[(spent // turn) % len(blocks)]
-        before = state.loss.clone()
         optimizer.step(state, loss, gradient)  # type: ignore[arg-type]
         state.trial = project(state.trial)
         spent += 1
-        since = torch.where(state.loss < before, 0, since + 1)
+        since, least = torch.where(state.loss < least, 0, since + 1), torch.minimum(state.loss, least)
         reached = (state.loss <= stop.threshold) & (not together)
         over = spent >= optimizer.evaluations
         if not together:
@@ -604,12 +604,12 @@ def minimise(
         if len(again):
             owner[again] = torch.tensor([waiting.popleft() for _ in range(len(again))], device=device)
             spent[again] = since[again] = 0
-            last[again] = math.inf
+            last[again] = least[again] = math.inf
             state.put(again, optimizer.start(project(flat[owner[again]])))
         if len(again) < len(rows):
             rest = torch.ones(len(owner), dtype=torch.bool, device=device).index_fill(0, rows[len(again) :], False)
             kept = rest.nonzero().squeeze(1)
-            owner, spent, since, last = owner[kept], spent[kept], since[kept], last[kept]
+            owner, spent, since, last, least = owner[kept], spent[kept], since[kept], last[kept], least[kept]
             state.keep(kept)
     shape = (v, r)
     return Minima(

@@ -1,5 +1,6 @@
 """About how long runs take, from the time of a few gradients, and how much they keep: what a study's dry run says."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attacks.text import TextMatching
 from experiments.config import Config, build_checked
 from experiments.study import heard, training, victims_of
 from fedsim.cores import on_one_thread
@@ -57,12 +59,23 @@ def room(configs: Iterable[Config]) -> float:
 def _evaluations(config: Config) -> float:
     """Of one victim's search, by all attackers of the run; 0 for attacks that compute rather than search."""
     attack: Any = build_checked("attack", config["attack"]) if config["attack"] else None
-    search = getattr(getattr(attack, "optimizer", None), "evaluations", 0)
-    restarts = getattr(attack, "restarts", 1)
-    knowing = search * restarts + REHEARSED * min(500, search) / max(1, victims_of(config))
+    searches = _searches(attack)
+    every = sum(evaluations * restarts for evaluations, restarts in searches)
+    knowing = every + REHEARSED * sum(min(500, evaluations) for evaluations, _ in searches) / max(1, victims_of(config))
     none = config["choices"]["defense"] == "none"
-    naive = 0 if config["attacker"] == "adaptive" else search * restarts
+    naive = 0 if config["attacker"] == "adaptive" else every
     return naive + (0 if config["attacker"] == "naive" or (config["attacker"] == "both" and none) else knowing)
+
+
+def _searches(attack: Any) -> list[tuple[int, int]]:
+    """Evaluations and restarts of each search that an attack is made of; of several that are tried in turn all."""
+    inner = [*getattr(attack, "attacks", {}).values()]
+    inner += [one for name in ("attack", "matching", "init") if dataclasses.is_dataclass(one := getattr(attack, name, None))]
+    found = [search for one in inner for search in _searches(one)]
+    if (evaluations := getattr(getattr(attack, "optimizer", None), "evaluations", 0)) > 0:
+        twice = isinstance(attack, TextMatching) and attack.labels == "joint"  # words are settled, and searched with again
+        found += [(evaluations, getattr(attack, "restarts", 1))] * (2 if twice else 1)
+    return found
 
 
 def _key(config: Config) -> str:

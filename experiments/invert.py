@@ -129,10 +129,12 @@ def steal(
     report: Callable[[int, int], None] = lambda done, total: None,
     *,
     adaptive: bool = False,
+    told: bool = False,
 ) -> Theft:
     """The update of a client whose one image is `image`, as its defense sends it, attacked and scored.
 
-    adaptive  whether the attack is told the defense
+    adaptive  whether the attacker knows the defense, in tables
+    told      whether the attack is told it
     """
     one_thread()
     model = setup.model()
@@ -148,7 +150,7 @@ def steal(
         )
     packets, _ = setup.defense(pack(trained.update), setup.defense.init(trained.update), generator(setup.seed, "defense", 1, 0))
     seen = Observation(params, packets, 1, buffers=buffers, sent_buffers=trained.buffers)
-    (made,) = scoring.attacked(setup, attack, [seen], generator(setup.seed, "attack"), report, adaptive=adaptive)
+    (made,) = scoring.attacked(setup, attack, [seen], generator(setup.seed, "attack"), report, told=told, labels=[label])
     return Theft(setup, image, label, seen, true.update, made, scoring.compared(setup, seen, made, image, label), adaptive)
 
 
@@ -188,7 +190,7 @@ def invert(
         # One theft is drawn: that of an attacker who knows the defense only if asked for, and if knowing it changes anything.
         who = "adaptive" if config["attacker"] == "adaptive" else "naive"
         (attacker,) = attackers(setup, attack_of(config), config["choices"]["attack"], who)
-        theft = steal(setup, image, truth, attacker.attack, adaptive=attacker.adaptive)
+        theft = steal(setup, image, truth, attacker.attack, adaptive=attacker.adaptive, told=attacker.told)
         _artefacts(theft, folder)
         files = draw(theft, folder, animations, log=log, normalise=normalise)
         about: dict[str, Any] = {

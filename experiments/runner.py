@@ -198,20 +198,26 @@ def attack_of(config: Config) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Attacker:
-    """Who attacks: the attack, its name in tables, and whether it knows the defense."""
+    """Who attacks: the attack, and its name in tables.
+
+    adaptive  whether it knows the defense
+    told      whether it is told what the defense does to an update; who looks behind a model's noise may know no more than that
+    """
 
     name: str
     attack: Any
     adaptive: bool = False
+    told: bool = False
 
 
 def attackers(setup: Setup, attack: Any, name: str, who: str) -> list[Attacker]:
     """The attackers of a run: `who` is naive, adaptive or both, which without a defense is naive.
 
     There is nothing to know then, but `adaptive` still rehearses, for a comparison of the same attacker with and without a defense.
+    An attack that looks behind a model's noise knows of that, whoever asks; `who` says whether of the rest of the defense as well.
     """
     if isinstance(attack, GradientMatching) and attack.looks_behind_noise:
-        return [Attacker(name, attack, adaptive=True)]
+        return [Attacker(name, attack, adaptive=True, told=who != "naive")]
     naive = Attacker(name, attack)
     if (other := _knowing(attack, who, setup.config, setup.model, setup.defense)) is None:
         return [naive]
@@ -220,7 +226,7 @@ def attackers(setup: Setup, attack: Any, name: str, who: str) -> list[Attacker]:
             f"an attacker who knows the defense rehearses on as many test images as are in an update, {images}, and there are "
             f"{len(setup.dataset.test)}: raise data.test_size, or take attacker=naive"
         )
-    knowing = Attacker(name + scoring.ADAPTIVE, other, adaptive=True)
+    knowing = Attacker(name + scoring.ADAPTIVE, other, adaptive=True, told=True)
     return [knowing] if who == "adaptive" else [naive, knowing]
 
 
@@ -460,7 +466,7 @@ def _attack(
     if attacker.adaptive:
         seen = with_history(setup, folder, seen)
     chance = generator(setup.seed, "attack")
-    found = scoring.attacked(setup, attacker.attack, seen, chance, progress.attacking, adaptive=attacker.adaptive)
+    found = scoring.attacked(setup, attacker.attack, seen, chance, progress.attacking, told=attacker.told)
     verdicts = _keep(setup, folder, attacker, seen, found, track)
     logging.getLogger("fedsim").info("%s on %d victims: %.1f s", name, len(seen), time.perf_counter() - began)
     return verdicts

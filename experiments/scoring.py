@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks import metrics
+from attacks.hidden_noise import hidden_noises
 from fedsim.client import chance_seeded
 from fedsim.data import Corpus, Dataset
 from fedsim.data.text import filled, is_word
@@ -252,23 +253,28 @@ def attacked(
     rng: torch.Generator,
     report: Callable[[int, int], None],
     *,
-    adaptive: bool = False,
+    told: bool = False,
+    labels: Sequence[Tensor] | None = None,
 ) -> list[Reconstruction]:
     """What `attack` makes of what was seen, on the run's device; `report(finished, total)` is called as victims finish.
 
-    adaptive  whether it is told the defense
+    told    whether it is told the defense
+    labels   (B,) of each victim, for an attack that is told them, where they are not those of the run's own shards
     """
     model, state = setup.model(), rng.get_state()
-    told: dict[Knowledge, list[int]] = defaultdict(list)
+    draws = bool(hidden_noises(model))
+    alike: dict[Knowledge, list[int]] = defaultdict(list)
     for i, one in enumerate(seen):
         known = knowledge(setup, one.num_examples, len(one.clients))
-        told[replace(known, defense=setup.defense) if adaptive else known].append(i)
+        if draws:  # other noise each round: updates of the same images are not of the same gradient
+            known = replace(known, same_images=False)
+        alike[replace(known, defense=setup.defense) if told else known].append(i)
     found: dict[int, Reconstruction] = {}
-    for known, members in told.items():
+    for known, members in alike.items():
         before = len(found)
         made = attack(
             [on_device(seen[i], setup.device) for i in members],
-            _with_labels(known, attack, [(setup, seen[i]) for i in members]),
+            _with_labels(known, attack, [(setup, seen[i]) for i in members], labels and [labels[i] for i in members]),
             model,
             rng.set_state(state),  # a victim's chance does not depend on who else is attacked
             report=lambda done, _, before=before: report(before + done, len(seen)),
@@ -306,11 +312,13 @@ def attacked_together(
     return [[next(made_of) for _ in seen] for _, seen in runs]
 
 
-def _with_labels(known: Knowledge, attack: Any, victims: Sequence[tuple[Setup, Observation]]) -> Knowledge:
-    """What is known, with the true labels if the attack is one that is told them."""
+def _with_labels(
+    known: Knowledge, attack: Any, victims: Sequence[tuple[Setup, Observation]], labels: Sequence[Tensor] | None = None
+) -> Knowledge:
+    """What is known, with the true labels, which are those of the runs' shards if not given, if the attack is told them."""
     if not is_told_labels(attack):
         return known
-    return replace(known, labels=[setup.truth(one.round, *one.clients)[1] for setup, one in victims])
+    return replace(known, labels=labels or [setup.truth(one.round, *one.clients)[1] for setup, one in victims])
 
 
 def is_told_labels(attack: Any) -> bool:

@@ -34,10 +34,10 @@ from defenses import (
 )
 from experiments import scoring
 from experiments.config import compose
-from experiments.runner import attack_again, attack_of, start, with_history
+from experiments.runner import attack_again, attack_of, attackers, start, with_history
 from fedsim.data import Dataset, load
 from fedsim.defense import Belief, Defense, State, hooks_of
-from fedsim.models import Default, lenet, mlp
+from fedsim.models import Default, lenet, mcmahan_cnn, mlp
 from fedsim.observation import Knowledge, Observation
 from fedsim.seeding import generator
 from fedsim.setup import setup_of
@@ -580,6 +580,46 @@ def test_updates_of_a_model_that_draws_are_not_held_together(tmp_path):
     folder = start(compose([*small, *tap, "model.bottleneck.width=4"]), tmp_path / "run", "a test")
     assert set(folder.leaks()["attack"]) == {"idlg", "idlg_adaptive"}  # each round drew its own noise
     assert len(folder.leaks()) == 8
+
+
+def test_updates_of_a_model_that_draws_are_not_held_together_for_the_sake_of_a_memory_either(tmp_path):
+    small = ["data.train_size=2", "data.test_size=16", "federation.clients=2", "federation.per_round=2", "federation.batch_size=2"]
+    tap = ["tap.rounds=all", "tap.clients=all", "tap.when=end", "rounds=2", "attack=idlg", "attack.evaluations=2"]
+    config = compose([*small, *tap, "defense=topk_ef", "model/bottleneck=precode", "model.bottleneck.width=4"])
+    assert len(start(config, tmp_path / "run", "a test").leaks()) == 8
+
+
+def test_several_local_steps_of_a_model_that_draws_are_attacked_by_who_knows_that_it_does(tmp_path):
+    small = ["data.train_size=4", "data.test_size=16", "federation.clients=2", "federation.per_round=2", "federation.batch_size=1"]
+    tap = ["federation=fedavg", "tap.clients=1", "tap.when=end", "rounds=1", "attack=fedavg", "attack.evaluations=2"]
+    config = compose([*tap, *small, "defense=precode", "model=lenet_silu", "model.bottleneck.width=4"])
+    leaks = start(config, tmp_path / "run", "a test").leaks()
+    assert list(leaks["attacker"]) == ["naive"] * 2 + ["adaptive"] * 2
+
+
+def test_a_rehearsal_sends_the_statistics_that_a_victim_sends():
+    model = mcmahan_cnn((3, 32, 32), 10, norm="batch", rng=generator(0, "init")).train()
+    params, buffers = split(model)
+    image, label = DATA.train.batch(torch.tensor([0]))
+    trained = local_update(model, params, buffers, [(image, label)], lr=1.0)
+    defense = UniformQuantization(16)
+    packets, _ = defense(pack(trained.update), {}, generator(0, "defense"))
+    seen = Observation(params, packets, 1, buffers=buffers, sent_buffers=trained.buffers)
+    known = Knowledge((3, 32, 32), 10, lr=1.0, local_steps=1, batch_size=1, public=DATA.test, defense=defense)
+    stage = Rehearsed({"": GradientMatching()}, rehearsals=2)._stage([seen], known, model, 0)
+    for one, (x, y) in zip(stage.played, stage.truth, strict=True):
+        own = local_update(model, params, buffers, [(x, y)], lr=1.0).buffers
+        assert one.sent_buffers.keys() == own.keys()
+        assert all(torch.equal(t, own[name]) for name, t in one.sent_buffers.items())
+    (played, _) = Rehearsed({"": GradientMatching()}, rehearsals=2)._stage([replace(seen, sent_buffers={})], known, model, 0).played
+    assert played.sent_buffers == {}
+
+
+@pytest.mark.parametrize(("who", "told"), [("naive", False), ("adaptive", True), ("both", True)])
+def test_who_looks_behind_the_noise_of_a_model_is_told_the_rest_of_the_defense_only_if_asked_for(who, told):
+    setup = setup_of(compose(["data.train_size=10", "data.test_size=10", "model/bottleneck=precode", "defense=topk"]))
+    (one,) = attackers(setup, attacks.precode_aware(), "precode_aware", who)
+    assert (one.adaptive, one.told) == (True, told)
 
 
 def test_a_run_attacks_as_both_and_none_has_nothing_to_know(tmp_path):

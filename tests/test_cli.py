@@ -315,6 +315,14 @@ def test_a_theft_by_somebody_who_knows_the_defense(defense, who, tmp_path):
     assert (out / "layers.png").exists()
 
 
+@pytest.mark.parametrize("victim", [["--image", "me.png"], ["--index", 25]], ids=["picture", "training image"])
+def test_who_is_told_the_label_is_told_the_one_that_was_trained_on(victim, photograph, tmp_path):
+    victim = [photograph if word == "me.png" else word for word in victim]
+    attack = ["attack=cosine_adam", "attack.iterations=2", "attack.told=true", "data.train_size=41", "data.test_size=13"]
+    assert fedsim("invert", *victim, "--label", 4, "model=lenet", *attack, "-o", tmp_path / "theft") == 0
+    assert load_file(tmp_path / "theft" / "theft.safetensors")["label_found"].tolist() == [4]
+
+
 def test_a_trace_of_about_a_hundred_moments_is_asked_for_where_nothing_is_said():
     config = compose(["attack=dlg", "attack.evaluations=4000"])
     assert invert.completed(config, None)["attack"]["record"] == 40

@@ -87,6 +87,22 @@ def test_every_gap_and_its_gradient_by_the_image_are_the_same_from_factors(gap):
     assert torch.allclose(by_one, by_other, rtol=1e-3, atol=1e-6 * float(by_other.abs().max()))
 
 
+@pytest.mark.parametrize("gap", [SquaredGap(), CosineGap(), GaussianGap(), SquaredAndAbsoluteGap()], ids=repr)
+def test_what_factors_are_held_against_may_depend_on_the_image_too(gap):
+    model, (x, y) = network(), batch()
+    params, _ = split(model)
+    results = []
+    for factors in (True, False):
+        image = x.clone().requires_grad_()
+        found = gradients_of(lambda leaves, image=image: batch_loss(model, leaves, {}, image, y), params)
+        found = {name: t if isinstance(t, Factored) else t[None] for name, t in (found if factors else dense(found)).items()}
+        # As where a defense left out one tensor, of which the candidate's own is taken: its length is part of the whole's.
+        observed = {name: t[None] * (1 + image.mean()) + 0.01 for name, t in params.items()}
+        results.append(torch.autograd.grad(gap(found, observed).sum(), image)[0])
+    one, other = results
+    assert torch.allclose(one, other, rtol=1e-3, atol=1e-6 * float(other.abs().max()))
+
+
 @pytest.mark.parametrize(
     "defense", [NoDefense(), Partial(StochasticQuantization(16), ["features."]), UniformQuantization(16), Clip(0.1)], ids=repr
 )

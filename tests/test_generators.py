@@ -196,6 +196,8 @@ def test_a_generator_needs_public_images_of_the_victims_shape() -> None:
     model, seen, _ = victims([1])
     with pytest.raises(ValueError, match=r"needs known\.public"):
         prior()(seen, Knowledge(SHAPE, CLASSES), model, generator(0, "attack"))
+    with pytest.raises(ValueError, match=r"2 public images and more, got 1: raise data\.test_size"):
+        prior()(seen, replace(KNOWN, public=PUBLIC.take(torch.arange(1))), model, generator(0, "attack"))
     public = Images(PUBLIC.pixels[:, :, :4], PUBLIC.labels)
     with pytest.raises(ValueError, match=r"must be \(2, 8, 8\) like the victims', got \(2, 4, 8\)"):
         prior()(seen, replace(KNOWN, public=public), model, generator(0, "attack"))

@@ -321,6 +321,16 @@ def test_an_interrupted_attack_stops_its_workers(quick: int) -> None:
         attack(seen, replace(KNOWN, labels=labels), model, generator(0, "stop"), report=interrupt)
 
 
+@pytest.mark.parametrize("labels", ["analytic", "given"])
+def test_images_that_a_search_begins_with_keep_their_labels(labels) -> None:
+    model, images, true = Small(), smooth(2), torch.tensor([3, 0])
+    seen = sent(model, [(images, true)], 2)
+    attack = GradientMatching(labels=labels, init=Guess([images], [true]), optimizer=LBFGS(1))
+    (found,) = attack([seen], replace(KNOWN, labels=[true.flip(0)]), model, generator(0, "order"))
+    assert torch.equal(found.labels, true)
+    assert found.converged
+
+
 # Terms ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -449,6 +459,20 @@ def test_a_turn_that_has_come_to_rest_waits_for_the_next() -> None:
 
     found = minimise(evaluate, torch.zeros(1, 1, 2), LBFGS(30), blocks=torch.eye(2, dtype=torch.bool), turn=10, chunk=1)
     assert found.points[0, 0].tolist() == pytest.approx([0, 5], abs=1e-4)
+
+
+def test_patience_is_counted_over_all_turns() -> None:
+    blocks = torch.eye(2, dtype=torch.bool)
+    flat = minimise(
+        lambda points, _: (torch.ones(len(points)), torch.zeros_like(points)),
+        torch.zeros(1, 1, 2),
+        LBFGS(100),
+        stop=Stop(patience=12),
+        blocks=blocks,
+        turn=5,
+        chunk=1,
+    )
+    assert flat.evaluations.item() == 13  # the first was better than none
 
 
 def test_a_batch_is_recovered_image_by_image_in_turns() -> None:

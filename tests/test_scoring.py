@@ -119,7 +119,7 @@ def test_an_attacker_who_is_told_the_labels_has_them_in_a_run_too(setup, knowing
     if knowing:
         attack = attacks.Rehearsed({"tv": attack}, rehearsals=1, evaluations=2)
     seen = [observed(setup, client=0), observed(setup, client=1)]
-    found = scoring.attacked(setup, attack, seen, generator(0, "attack"), lambda done, total: None, adaptive=knowing)
+    found = scoring.attacked(setup, attack, seen, generator(0, "attack"), lambda done, total: None, told=knowing)
     for one, made in zip(seen, found, strict=True):
         assert torch.equal(made.labels.cpu(), setup.truth(one.round, one.client)[1].cpu())
     if not knowing:
