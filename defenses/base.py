@@ -272,7 +272,7 @@ class Partial:
             raise ValueError(
                 f"a partial defense proves nothing, so there is no epsilon to aim at: give noise_multiplier, got {inner!r}"
             )
-        if isinstance(prefixes, str) or not prefixes:
+        if isinstance(prefixes, str) or not prefixes or not all(isinstance(one, str) for one in prefixes):
             raise ValueError(
                 f"prefixes must be a list of at least one beginning of a name, such as ['features.'], got {prefixes!r}"
             )

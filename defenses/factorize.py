@@ -47,7 +47,8 @@ class PowerSGD:
         return sent, after
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
-        return {name: b if packets[name].rank is None else b.unbounded(packets[name].sent()) for name, b in beliefs.items()}
+        # Not by the packet's rank: a memory that sends what is left of the product sends no factors.
+        return {name: b.unbounded(packets[name].sent()) if self._factored(b.value) else b for name, b in beliefs.items()}
 
     def _factored(self, t: Tensor) -> bool:
         return t.dim() > 1 and t.numel() > self.rank * (len(t) + t.numel() // max(1, len(t)))

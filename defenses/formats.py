@@ -11,7 +11,7 @@ from torch import Tensor
 
 from defenses.base import TensorByTensor
 from defenses.quantize import edges_of, multiples, untouched, visible, within_cells, within_steps
-from fedsim.checks import one_of, whole
+from fedsim.checks import one_of, switch, whole
 from fedsim.defense import Belief
 from fedsim.wire import FORMATS, MAX_BITS, Codebook, Floats, Multiples, Packet
 
@@ -82,6 +82,9 @@ class Int8(TensorByTensor):
     """
 
     scaled: bool = True
+
+    def __post_init__(self) -> None:
+        switch("scaled", self.scaled)
 
     def send(self, packet: Packet, rng: torch.Generator) -> Packet:
         if not self.scaled:

@@ -2,7 +2,8 @@
 
 A client's own noise protects it from whoever reads what it sends, the server and this laboratory's eavesdropper included; that is
 the local model. It is dear: n clients add n times the variance that a trusted server would add once. What is proved covers the
-update, not what is reported beside it: the mean training loss, the number of examples, BatchNorm statistics.
+update, not what is reported beside it: the mean training loss, the number of examples, BatchNorm statistics,
+whether a client that inspects the model refuses.
 
 The noise is drawn from the run's seed, so that a run can be made again. Whoever knows the seed can take it off, and the server of a
 run does: what is proved is of a server that does not use it, as a server whose clients draw their own noise could not.
@@ -23,7 +24,7 @@ from fedsim.checks import number
 from fedsim.defense import Belief, Beliefs, Exposure, Guarantee, State
 from fedsim.training import batch_loss
 from fedsim.updates import Update, norm
-from fedsim.wire import Packets, pack, unpack
+from fedsim.wire import Packet, Packets, pack, unpack
 
 AT_ONCE = 2**26  # gradient entries of examples that are held at a time: 256 MB
 
@@ -51,9 +52,11 @@ class Clip:
             return packets, state
         share = self.clip / length
         factor = math.sqrt(share)  # of each of two factors
-        return {
-            name: replace(p, values=p.values * (share if p.rank is None else factor), grid=None) for name, p in packets.items()
-        }, state
+
+        def scaled(p: Packet) -> Packet:  # in double, as float32 has few digits of a share that brings huge entries down
+            return replace(p, values=(p.values.double() * (share if p.rank is None else factor)).float(), grid=None)
+
+        return {name: scaled(p) for name, p in packets.items()}, state
 
     def explain(self, packets: Packets, beliefs: Mapping[str, Belief]) -> Beliefs:
         """What is shorter than `clip` was not touched; of what was, each entry grew by one unknown factor >= 1.
@@ -127,8 +130,9 @@ class DPFedAvg:
     The client side of DP-FedAvg (McMahan et al. 2018), in the local model: each client adds all the noise that its own protection
     takes, and all that it holds, replaced by anything, is hidden: epsilon is that of a Gaussian mechanism of sensitivity 2 * clip,
     composed over the rounds it takes part in. In the paper's central model a trusted server adds this noise once to the sum; here
-    the sum of m clients has sqrt(m) times it, so who sees nothing but the global model faces a multiplier of noise_multiplier *
-    sqrt(m), and does not know who was chosen. Entries that an earlier defense left out are sent as noise: places tell.
+    the sum of m clients of equal weight has sqrt(m) times it, so who sees nothing but the global model faces a multiplier of
+    noise_multiplier * sqrt(m), and does not know who was chosen. Entries that an earlier defense
+    left out are sent as noise: places tell.
 
     noise_multiplier  or `epsilon`, which a run turns into the multiplier that spends this much at `delta` over its rounds
     """
@@ -272,7 +276,7 @@ def clipped_sum(
         shares, finite = (clip / lengths).clamp(max=1.0), lengths.isfinite()
         for name, g in gradients.items():
             kept = torch.where(finite.view(-1, *[1] * (g.dim() - 1)), g, 0)
-            total[name] += torch.tensordot(torch.where(finite, shares, 0).to(g), kept, 1)
+            total[name] += torch.tensordot(torch.where(finite, shares, 0), kept.double(), 1).to(g)  # in double, see Clip
         losses.append(loss.detach())
     return total, torch.cat(losses)
 

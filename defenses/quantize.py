@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from defenses.base import TensorByTensor
-from fedsim.checks import one_of, whole
+from fedsim.checks import one_of, switch, whole
 from fedsim.defense import Belief
 from fedsim.wire import MAX_BITS, Codebook, Grid, Multiples, Packet
 
@@ -122,8 +122,8 @@ class UniformQuantization(TensorByTensor):
 class StochasticQuantization(TensorByTensor):
     """Rounds each entry up or down to one of `levels` equally spaced ones at random, so that its mean is the entry.
 
-    Unbiased; the error of an entry is below one step, with up to twice the variance of rounding to the nearest
-    (Alistarh et al. 2017, section 3, with min and max in place of the norm).
+    Unbiased; the error of an entry is below one step, its mean square twice that of rounding to the nearest, of entries that lie
+    anywhere between levels (Alistarh et al. 2017, section 3, with min and max in place of the norm).
     """
 
     levels: int
@@ -214,6 +214,9 @@ class SignSGD(TensorByTensor):
     scaled: bool = True
 
     rescales: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        switch("scaled", self.scaled)
 
     def send(self, packet: Packet, rng: torch.Generator) -> Packet:
         scale = 1.0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from defenses.base import TensorByTensor
-from fedsim.checks import number, one_of, whole
+from fedsim.checks import number, one_of, switch, whole
 from fedsim.defense import Belief, Beliefs, State
 from fedsim.updates import Update, norm
 from fedsim.wire import Packet, Packets
@@ -123,6 +123,7 @@ class RandomK(TensorByTensor):
 
     def __post_init__(self) -> None:
         number("ratio", self.ratio, 0, 1, above=True)
+        switch("scaled", self.scaled)
 
     def send(self, packet: Packet, rng: torch.Generator) -> Packet:
         # Of all places, not of those that an earlier defense left, so that n / k can be told from the tensor's shape.

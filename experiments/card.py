@@ -100,6 +100,7 @@ def _proved(setup: Setup, batch_norm: bool) -> list[tuple[str, str]]:
     bound = math.ceil(1000 * reconstruction_bound(GUESS, z, proved.releases)) / 1000  # never below what is proved
     beside = "the reported training loss and number of examples" + (", BatchNorm statistics" if batch_norm else "")
     beside += f", each client's {SCORES}" if _scored(setup) else ""
+    beside += ", whether a client refuses" if setup.inspection.action == "refuse" else ""
     beside += "; a server that draws the noise again from the run's seed, which it knows"
     return [
         (

@@ -20,6 +20,12 @@ def number(name: str, value: object, low: float = -math.inf, high: float = math.
         raise ValueError(f"{name} must be a {'finite number' if low == -math.inf else f'number {span}'}, got {value!r}")
 
 
+def switch(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+
+
 def one_of(name: str, value: str, choices: Iterable[str]) -> str:
     """`value`, or a ValueError that names all of `choices` and the nearest."""
     choices = list(choices)

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedsim.cores import one_thread
-from fedsim.defense import State, declares, hooks_of
+from fedsim.defense import State, hides_failures, hooks_of
 from fedsim.files import read_tensors, write_json, write_tensors
 from fedsim.inspection import Finding, Inspection, Refused
 from fedsim.records import ARRAYS, CONFIG, METRICS, SENDER, client_of, record, reply_of, tensors_of
@@ -76,9 +76,11 @@ def client_app(
                     proximal=float(order.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
                     hooks=hooks_of(setup.defense, setup.dataset.num_classes, setup.seed, round, client),
                 )
-        if not declares(setup.defense, "takes_anything") and not all(t.isfinite().all() for t in trained.update.values()):
+        if not all(t.isfinite().all() for t in trained.update.values()):
             # Some number formats would send a number in its place, and a memory would have it in all that is sent from then on.
-            raise ValueError("its update has entries that are no finite numbers: lower federation.lr")
+            if not hides_failures(setup.defense):
+                raise ValueError("its update has entries that are no finite numbers: lower federation.lr")
+            trained = replace(trained, update={name: torch.zeros_like(t) for name, t in trained.update.items()})
         before = _recall(memory, client, round, setup, trained.update)
         packets, state = setup.defense(pack(trained.update), before, generator(setup.seed, "defense", round, client))
         if secure:

@@ -107,7 +107,7 @@ class Cohort:
     def _train(
         self, clients: list[int], *, params: dict[str, Tensor], buffers: dict[str, Tensor], round: int, proximal: float
     ) -> None:
-        setup, count = self.setup, len(clients)
+        setup, count, short = self.setup, len(clients), False
         try:
             trained = setup.protocol.train(
                 model_of(setup),
@@ -123,6 +123,8 @@ class Cohort:
                 log.exception("round %d: %d clients cannot be trained as one program", round, count)
                 return
             log.warning("round %d: not enough memory to train %d clients at once: %d and fewer", round, count, (count + 1) // 2)
+            short = True
+        if short:  # out of the handler, which holds what was computed so far
             torch.cuda.empty_cache()
             for half in (clients[: (count + 1) // 2], clients[(count + 1) // 2 :]):
                 self._train(half, params=params, buffers=buffers, round=round, proximal=proximal)

@@ -119,8 +119,15 @@ def parts_of(defense: object) -> tuple[object, ...]:
 
 
 def declares(defense: object, what: str) -> bool:
-    """Whether a defense, or one that it is made of, says of its class that it `drops` or `fills` entries, or `takes_anything`."""
+    """Whether a defense, or one that it is made of, says of its class that it `drops` or `fills` entries."""
     return bool(getattr(defense, what, False)) or any(declares(part, what) for part in parts_of(defense))
+
+
+def hides_failures(defense: object) -> bool:
+    """Whether a proof hides that a client has no update: its defense `takes_anything`, or has a proof and a part that does."""
+    return bool(getattr(defense, "takes_anything", False)) or (
+        isinstance(defense, Private) and any(map(hides_failures, parts_of(defense)))
+    )
 
 
 def hooks_of(defense: object, classes: int, seed: int, round: int, client: int) -> Hooks:

@@ -80,7 +80,7 @@ class Round:
     train_loss          mean over the chosen clients, weighted by their examples
     client_accuracy     mean accuracy on the clients' own shards, None unless asked for
     failures            clients that were asked and sent no update of this model; left_out names them, as in "2 5"
-    bytes_up            payload of all updates sent, as packed, and of keys and shares where there are any
+    bytes_up            payload of all updates that were taken, as packed, and of keys and shares where there are any
     bytes_up_dense      the same updates at 4 bytes an entry
     bytes_down          payload of all broadcasts for training, not of those for clients' own evaluation
     seconds             wall time of the round, its attacks and evaluation included

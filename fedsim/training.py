@@ -224,13 +224,15 @@ def evaluate(
     model.eval()
     right = total = 0
     loss = 0.0
-    for images, labels in batches:
-        output = functional_call(model, {**params, **buffers}, (images,))
-        logits = output[0] if isinstance(output, tuple) else output
-        right += int((logits.argmax(-1) == labels).sum())
-        loss += float(F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"))
-        total += predictions(labels)
-    model.train(was_training)
+    try:
+        for images, labels in batches:
+            output = functional_call(model, {**params, **buffers}, (images,))
+            logits = output[0] if isinstance(output, tuple) else output
+            right += int((logits.argmax(-1) == labels).sum())
+            loss += float(F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"))
+            total += predictions(labels)
+    finally:
+        model.train(was_training)
     if not total:
         raise ValueError("nothing to evaluate on: no images")
     return right / total, loss / total

@@ -121,6 +121,15 @@ def test_entries_of_factors_bound_no_entries_of_tensors(later, scale):
         assert bool((update[name] <= belief.high).all())
 
 
+@pytest.mark.parametrize("later", [ErrorFeedback(StochasticQuantization(256)), Partial(ErrorFeedback(TopK(0.9)), ["matrix"])])
+def test_a_memory_behind_factors_tells_nothing_of_single_entries(later):
+    update = {"matrix": torch.randn(5, 7, generator=generator(0, "matrix")), "vector": torch.tensor([0.5, -0.3, 0.1])}
+    packets, _ = (defense := Chain((PowerSGD(1), later)))(pack(update), defense.init(update), generator(0, "defense"))
+    for name, belief in beliefs_of(packets, defense, {}).items():
+        assert bool((belief.low <= update[name]).all())
+        assert bool((update[name] <= belief.high).all())
+
+
 @pytest.mark.parametrize("defense", [TopK(0.5), TopK(0.5, "global"), Pruning(0.5, "entries")])
 def test_where_nothing_arrives_the_dropped_are_no_larger_than_the_largest_may_be(defense):
     # Somebody who knows that entry 1 was kept at first, and lies in [-2, 2], knows that entry 0 does as well.

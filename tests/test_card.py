@@ -103,6 +103,9 @@ def test_what_clients_say_of_their_own_images_is_on_the_card():
     )
     private = dict(card(setup_of(compose([*scored, "defense=dpsgd", "rounds=1"])), Tap(), "dlg", "dpsgd"))
     assert "each client's accuracy and loss on all its own examples" in private["not covered"]
+    assert "refuses" not in private["not covered"]
+    refusing = dict(card(setup_of(compose([*SMALL, "defense=dpsgd", "rounds=1", "inspect=refuse"])), Tap(), "dlg", "dpsgd"))
+    assert "whether a client refuses" in refusing["not covered"]
 
 
 def test_shards_of_different_size_are_told_as_a_range():

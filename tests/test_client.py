@@ -83,7 +83,13 @@ def test_no_number_is_sent_in_place_of_what_is_none(name, more, value, monkeypat
     monkeypatch.setattr(FedSGD, "train", broken)
     with pytest.raises(RuntimeError, match=r"entries that are no finite numbers: lower federation\.lr"):
         federate(config(federation=STILL, defense={"_target_": f"defenses.{name}", **more}))
-    assert federate(config(federation=STILL, defense=DP_FEDAVG)).seen  # that it fails would tell of its data
+    # That it fails would tell of its data, unless nothing is proved.
+    clusters = {"_target_": "defenses.KMeansQuantization", "centroids": 2}
+    for parts in ([DP_FEDAVG], [clusters, DP_FEDAVG]):
+        assert federate(config(federation=STILL, defense={"_target_": "defenses.Chain", "parts": parts})).seen
+    partial = {"_target_": "defenses.Partial", "inner": DP_FEDAVG, "prefixes": ["head"]}
+    with pytest.raises(RuntimeError, match="entries that are no finite numbers"):
+        federate(config(federation=STILL, defense=partial))
 
 
 def test_a_defense_with_a_memory_needs_a_place_to_keep_it():

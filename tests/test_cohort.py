@@ -1,6 +1,7 @@
 """A round's clients trained as one program: the same as one by one, up to rounding."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -112,6 +113,26 @@ def test_without_enough_memory_fewer_clients_are_trained_at_once(monkeypatch, ca
     assert counts == [3, 2, 1, 1, 1] * 2
     assert "round 1: not enough memory to train 3 clients at once: 2 and fewer" in caplog.text
     close_to(found.weights, alone.weights)
+
+
+def test_what_did_not_fit_is_let_go_before_fewer_are_trained(monkeypatch):
+    train, held = FedAvg.train, []
+
+    class Large:
+        pass
+
+    def short_of_memory(self, *arguments, **settings):
+        tried.append([one() is not None for one in held])
+        if len(held) < 2:
+            large = Large()
+            held.append(weakref.ref(large))
+            raise torch.OutOfMemoryError("tried to allocate more than there is")
+        return train(self, *arguments, **settings)
+
+    tried: list[list[bool]] = []
+    monkeypatch.setattr(FedAvg, "train", short_of_memory)
+    federate(config(federation=LONG), TOGETHER)
+    assert tried[:3] == [[], [False], [False, False]]
 
 
 def test_a_client_that_fails_is_left_out_of_the_round_alone(monkeypatch, caplog):

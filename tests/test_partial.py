@@ -77,6 +77,8 @@ def test_a_partial_defense_that_names_nothing_is_an_error_and_not_no_defense():
         partial.init(named(features_0=31, head=7))
     with pytest.raises(ValueError, match=r"such as \['features\.'\], got 'features'"):
         Partial(TopK(0.1), "features")
+    with pytest.raises(ValueError, match=r"such as \['features\.'\], got \[5\]"):
+        Partial(TopK(0.1), [5])
     with pytest.raises(TypeError, match="wraps a defense"):
         Partial(TopK, ["features."])
 

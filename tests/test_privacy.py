@@ -189,6 +189,19 @@ def test_what_is_no_number_is_hidden_too():
         assert all(torch.equal(t, without[name]) for name, t in sent.items())
 
 
+@pytest.mark.parametrize("clip", [1.0, 1e-3])
+def test_huge_updates_are_clipped_as_well_as_others(clip):
+    huge = {"x": 1e38 * (1 + 2.4 * torch.rand(100_000, generator=generator(0, "huge")))}
+    assert float(norm(send(Clip(clip), huge))) == pytest.approx(clip, rel=1e-5)
+    model, (images, labels) = mlp(SHAPE, CLASSES, hidden=(23,)), examples(1)
+    params, buffers = split(model)
+    with torch.no_grad():
+        params = {name: t * (1e37 if name.startswith("head") else 1) for name, t in params.items()}
+    true = local_update(model, params, buffers, [(images, labels)], lr=1.0).update
+    assert max(float(t.abs().max()) for t in true.values()) > 1e36
+    assert float(norm(clipped_sum(model, params, buffers, images, labels, clip)[0])) == pytest.approx(clip, rel=1e-5)
+
+
 def test_labels_may_be_probabilities_and_a_zero_gradient_stays_zero():
     model, (images, labels) = lenet(SHAPE, CLASSES), examples(5)
     soft = nn.functional.one_hot(labels, CLASSES).float()

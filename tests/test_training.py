@@ -174,6 +174,13 @@ def test_evaluation_is_the_plain_loop():
     assert model.training, "the model's mode is as it was"
 
 
+def test_an_evaluation_that_breaks_off_leaves_the_model_in_its_mode():
+    model = lenet((3, 32, 32), 10).train()
+    with pytest.raises(RuntimeError):
+        evaluate(model, *split(model), [(torch.rand(2, 3, 5, 5, 5), torch.tensor([0, 1]))])
+    assert model.training
+
+
 def test_evaluating_on_nothing_is_an_error():
     model = mlp_2nn(SHAPE, CLASSES)
     with pytest.raises(ValueError, match="no images"):
