@@ -27,6 +27,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from experiments.config import Config, ConfigError, build_checked, compose
+from experiments.replay import replay
 from fedsim.client import client_app, client_of
 from fedsim.engines.deployment import Deployment
 from fedsim.files import is_name, write_bytes
@@ -66,8 +67,9 @@ def _serve(grid: Grid, context: Context) -> None:
     runner.check_config(config)
     path = Path(config["out"]) / config["name"]
     if not told["resume"]:
-        command = ["flwr", "run", ".", "--run-config", f"overrides={json.dumps(told['overrides'])}"]
-        runner.start(config, path, shlex.join(command), engine)
+        typed = shlex.join(["flwr", "run", ".", "--run-config", f"overrides={json.dumps(told['overrides'])}"])
+        # What `fedsim deploy` sends is a configuration in full, which nobody typed.
+        runner.start(config, path, (replay(config) or "fedsim deploy") if told["config"] else typed, engine)
         return
     folder = RunFolder.open(path)
     if folder.config | {key: config[key] for key in ("out", "name")} != config:  # the folder may have been moved

@@ -329,7 +329,7 @@ def _finish(folders: "list[RunFolder]", figures: Path, formats: Sequence[str] = 
 
     console.print(drawn(summarised(folders)))
     for path in draw(folders, figures, formats):
-        console.print(f"  {path}")
+        console.print(f"  {path}", markup=False)
     return 0
 
 
@@ -472,7 +472,7 @@ def _study(arguments: argparse.Namespace) -> int:
     study.check_own(chosen.name, base)
     base.mkdir(parents=True, exist_ok=True)
     write_json(base / study.ABOUT, {"study": chosen.name, "size": size, "overrides": overrides, "command": arguments.command_line})
-    console.print(f"{chosen.about}\n{len(cells)} cells in {base}")
+    console.print(f"{chosen.about}\n{len(cells)} cells in {base}", markup=False)
     limits = arguments.max_cells, arguments.budget, arguments.discard
     paths, failures = study.run(cells, base, arguments.command_line, arguments.workers, *limits)
     if paths:
@@ -537,11 +537,11 @@ def _invert(arguments: argparse.Namespace) -> int:
             normalise=arguments.normalise,
             mp4=arguments.mp4,
         )
-    console.print(invert.summary(theft))
+    console.print(invert.summary(theft), markup=False)
     if theft.made.trace is None:
         console.print(f"  {config['choices']['attack']} recorded no trace: no panels, no layers and no animation are drawn")
     for path in files:
-        console.print(f"  {path}")
+        console.print(f"  {path}", markup=False)
     return 0
 
 

@@ -34,8 +34,8 @@ def main(job: Any) -> None:
     study.check_own(job.name, base)
     base.mkdir(parents=True, exist_ok=True)
     _, failures = study.run({name: config}, base, f"python -m experiments.launch {' '.join(sys.argv[1:])}", 1)
-    if failures:
-        raise RuntimeError(f"{name}: {failures[name]}")
+    for failed, why in failures.items():  # the cell may be kept under another name
+        raise RuntimeError(f"{failed}: {why}")
 
 
 if __name__ == "__main__":

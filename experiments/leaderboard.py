@@ -5,7 +5,7 @@ order. Runs under other conditions (data, model, training) have a table of their
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,9 +159,12 @@ def _made_with(folders: Sequence[RunFolder]) -> list[str]:
     made = [read_json(folder.path / "environment.json") for folder in folders]
     _, leaks = tables(folders)
     said = [f"Runs: {len(folders)}; seeds: {_list(sorted({config['seed'] for config in configs}))}."]
-    budgets = {config["choices"]["attack"]: label(config, "attack") for config in configs if config["attack"]}
+    budgets: dict[str, list[str]] = defaultdict(list)
+    for config in configs:
+        if config["attack"] and (told := label(config, "attack")) not in (said_of := budgets[config["choices"]["attack"]]):
+            said_of.append(told)
     for attack, of in leaks.groupby("attack", sort=False) if len(leaks) else ():
-        budget = budgets.get(str(attack), f"{attack} of `fedsim attack`, in all else as it comes")
+        budget = " and ".join(budgets.get(str(attack), [f"{attack} of `fedsim attack`, in all else as it comes"]))
         spent = [f"{who}: {_spent(some)}" for who, some in of.groupby("attacker", sort=False)]
         said.append(f"Attack: {budget}; {'; '.join(spent)}.")
     said.append(f"Listened to: {'; '.join(_distinct(_heard(config) for config in configs))}.")

@@ -25,6 +25,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from attacks.metrics import Rate
 from experiments.canvas import COLOURS, MARKERS, STYLE, frame, picture, save
+from experiments.naming import without_defense
 from experiments.pictures import draw_trace
 from experiments.scoring import STOLEN_MSE, STOLEN_TOKENS
 from experiments.statistics import Difference
@@ -440,7 +441,7 @@ def _page(rows: _Rows, victims: pd.Index, attack: str) -> Figure:
         axes.set_title(f"round {round}\nclient {client}", fontsize=8)
     _row_title(grid[0][0], "original")
     for line, (name, (folder, table)) in zip(grid[1:], rows.items(), strict=True):
-        undefended = name.startswith("none") and "secure aggregation" not in name
+        undefended = without_defense(folder.config) and "secure aggregation" not in name
         _row_title(line[0], ("stolen,\n" if undefended else "despite\n") + name.replace(" ", "\n"))
         here = [victim for victim in victims if victim in table.index]
         order = sorted(here, key=lambda victim: table.loc[victim, "mse"])

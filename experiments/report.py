@@ -143,7 +143,8 @@ def _of_studies(folders: Sequence[RunFolder]) -> list[Row]:
             else:
                 verdicts += found
                 lacking += told
-    return ([_section("claims", "Claims", claims.summary(verdicts, lacking))] if verdicts else []) + alone
+    full = all(about["size"] == "full" for about in named.values())
+    return ([_section("claims", "Claims", claims.summary(verdicts, lacking, full=full))] if verdicts else []) + alone
 
 
 def _section(key: str, title: str, table: Summary) -> Row:

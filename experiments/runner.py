@@ -388,7 +388,7 @@ def _go(
             for rounds in ([round] for round in left) if tap.when == "live" else [left] if left else []:
                 seen = [one for round in rounds for one in folder.observations(round)]
                 progress.leaks(_attack(setup, folder, attacker, seen, progress, track))
-    console.print(f"  {progress.leak()}; {folder.path}" if attack else f"  trained, not attacked yet; {folder.path}")
+    console.print(f"  {progress.leak() if attack else 'trained, not attacked yet'}; {folder.path}", markup=False)
 
 
 def attack_together(folders: Sequence[RunFolder]) -> None:
@@ -454,7 +454,7 @@ def attack_again(
             progress.leaks(_attack(setup, folder, attacker, seen, progress, track))
             if asked is not None:
                 folder.note_attack(attacker.name, *asked)
-    console.print(f"  {name}: {progress.leak()}; {folder.path}")
+    console.print(f"  {name}: {progress.leak()}; {folder.path}", markup=False)
 
 
 def _attack(

@@ -146,8 +146,10 @@ def run(
                 failures[name] = error
             elif discard:
                 RunFolder(base / name).discard()
-            console.print(f"  {len(done)}/{len(todo)}  {name}" + (f": failed: {error}" if error else "") + f"  left {left}")
         _note(base, {name: cells[name] for name in outcome}, outcome, took / len(outcome))
+        for name, error in outcome.items():
+            said = f": failed: {error}" if error else ""
+            console.print(f"  {len(done)}/{len(todo)}  {name}{said}  left {left}", markup=False)
 
     def late() -> bool:
         return seconds is not None and time.monotonic() - began >= seconds

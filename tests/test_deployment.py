@@ -57,6 +57,7 @@ from fedsim.client import client_app
 from fedsim.data import IID, load
 from fedsim.engines.deployment import Deployment
 from fedsim.engines.inline import InlineGrid
+from fedsim.files import read_json
 from fedsim.run import RunError, RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -271,6 +272,7 @@ def test_a_deployment_that_is_killed_leaves_nothing_and_is_resumed_as_one_never_
     """Its third round begins with weights and memories of one that was not killed: its captures are the same, see above."""
     assert_nothing_is_left(deployed, 3)
     assert deployed.code == 0
+    assert read_json(deployed.path / "environment.json")["command"].startswith("fedsim deploy --nodes 3 ")
     mine, theirs = (RunFolder(path).rounds().drop(columns="seconds")[:3] for path in (deployed.path, inline))
     pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
     mine, theirs = (bytes_in(path / "before" / "checkpoint.safetensors") for path in (deployed.path, inline))

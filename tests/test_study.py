@@ -138,15 +138,16 @@ def test_a_cell_that_fails_is_named_and_the_others_are_run(tiny, capsys, monkeyp
 
     def unlucky(config, path, *rest, **more):
         if "levels=4" in path.name:
-            raise ValueError("no luck")
+            raise ValueError("no [luck] in [/x]")
         return begin(config, path, *rest, **more)
 
     monkeypatch.setattr(study, "_trained", unlucky)
     assert main(["study", "tiny", "-o", str(tiny / "out")]) == 1
-    assert "failed: uniform_levels=4_cosine_lbfgs_seed=0: ValueError: no luck" in capsys.readouterr().err
+    assert "failed: uniform_levels=4_cosine_lbfgs_seed=0: ValueError: no [luck] in [/x]" in (said := capsys.readouterr()).err
+    assert "failed: ValueError: no [luck] in [/x]" in " ".join(said.out.split())
     assert len(list((tiny / "out").glob("*/leaks.parquet"))) == 2
     rows = read_table(tiny / "out" / study.CELLS).set_index("cell")["failed"]
-    assert "no luck" in rows["uniform_levels=4_cosine_lbfgs_seed=0"]
+    assert "no [luck] in [/x]" in rows["uniform_levels=4_cosine_lbfgs_seed=0"]
     assert rows.isna().sum() == 2
 
 
