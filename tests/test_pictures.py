@@ -170,7 +170,7 @@ def test_normalising_stretches_an_image_to_black_and_white():
 
 def test_a_video_without_its_package_says_how_to_get_it(trace, truth, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)  # what an import of something not installed meets
-    with pytest.raises(ValueError, match=r"pip install 'fedsim\[video\]'; or take GIF or WebP"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[video\]' in fedsim's clone; or take GIF or WebP"):
         pictures.animate(trace, truth, [tmp_path / "a.gif", tmp_path / "a.mp4"])
     assert list(tmp_path.iterdir()) == []  # told before anything is drawn
 
