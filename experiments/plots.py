@@ -490,7 +490,8 @@ def _traces(folders: Sequence[RunFolder], attack: str, out: Path, formats: Seque
 
 
 def _row_title(axes: Axes, text: str) -> None:
-    axes.set_ylabel(text, fontsize=8, rotation=0, ha="right", va="center")
+    size = min(8.0, 60 / (text.count("\n") + 1))  # many settings, each on a line of its own, are as high as a picture
+    axes.set_ylabel(text, fontsize=size, rotation=0, ha="right", va="center")
 
 
 def _partition(folder: RunFolder, most: int = 60) -> Figure:
