@@ -277,8 +277,8 @@ def lots(cells: dict[str, Config], workers: int = 1) -> list[dict[str, Config]]:
     """The cells in lots that are run by one process, each in the order of the grid.
 
     In a lot are those that learn the same, and with them as many of the same shape as make a program of a good size, but no
-    more than leaves every worker a share. On a CPU the victims of a large network are no faster together, and alone less is lost
-    when a study is killed.
+    more than leaves every worker a share; those that attack nobody are alone. On a CPU the victims of a large network are no faster
+    together, and alone less is lost when a study is killed.
     """
     from attacks.problems import SMALL
     from experiments.estimate import parameters
@@ -302,7 +302,7 @@ def lots(cells: dict[str, Config], workers: int = 1) -> list[dict[str, Config]]:
     filled: dict[str, tuple[int, dict[str, Config]]] = {}  # by shape: victims, and the lot they are in
     for members in families.values():
         for name in members:
-            if shapes[name] in filled and filled[shapes[name]][0] + victims[name] <= most(name):
+            if victims[name] and shapes[name] in filled and filled[shapes[name]][0] + victims[name] <= most(name):
                 lot = filled[shapes[name]][1]
                 break
         else:

@@ -396,6 +396,11 @@ def test_lots_hold_cells_of_one_shape_and_keep_trainings_together(tiny):
     assert [len(lot) for lot in study.lots(cells, workers=2)] == [4, 4, 2]  # 13 victims for each, of 25
 
 
+def test_cells_that_attack_nobody_are_lots_of_their_own():
+    cells = study.load("optml-accuracy").cells("quick", [])
+    assert [list(lot) for lot in study.lots(cells)] == [[name] for name in cells]
+
+
 def test_cells_of_a_large_network_are_no_faster_together_on_a_cpu(tiny):
     more = ["device=cpu", "defense=none,uniform,fp16", "attack=cosine_lbfgs,idlg"]
     chosen = replace(study.load("tiny"), sweeps=[[*more, "model=lenet,mcmahan_cnn"]], sizes={"quick": []})
