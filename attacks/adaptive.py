@@ -257,7 +257,7 @@ class Rehearsed:
 
 
 def _mean(updates: Sequence[Update]) -> Update:
-    return {name: sum(one[name] / len(updates) for one in updates) for name in updates[0]}  # type: ignore[misc]
+    return {name: torch.stack([one[name] / len(updates) for one in updates]).sum(0) for name in updates[0]}
 
 
 def _performed(

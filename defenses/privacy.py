@@ -131,8 +131,8 @@ class DPFedAvg:
     takes, and all that it holds, replaced by anything, is hidden: epsilon is that of a Gaussian mechanism of sensitivity 2 * clip,
     composed over the rounds it takes part in. In the paper's central model a trusted server adds this noise once to the sum; here
     the sum of m clients of equal weight has sqrt(m) times it, so who sees nothing but the global model faces a multiplier of
-    noise_multiplier * sqrt(m), and does not know who was chosen. Entries that an earlier defense
-    left out are sent as noise: places tell.
+    noise_multiplier * sqrt(m), and does not know who was chosen. Entries that an earlier defense left out are
+    sent as noise: places tell.
 
     noise_multiplier  or `epsilon`, which a run turns into the multiplier that spends this much at `delta` over its rounds
     """

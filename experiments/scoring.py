@@ -259,7 +259,7 @@ def attacked(
     """What `attack` makes of what was seen, on the run's device; `report(finished, total)` is called as victims finish.
 
     told    whether it is told the defense
-    labels   (B,) of each victim, for an attack that is told them, where they are not those of the run's own shards
+    labels  (B,) of each victim, for an attack that is told them, where they are not those of the run's own shards
     """
     model, state = setup.model(), rng.get_state()
     draws = bool(hidden_noises(model))

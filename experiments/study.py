@@ -141,13 +141,13 @@ def run(
         count = len(done) + len(outcome)  # of a lot, whose cells end together
         left = timedelta(seconds=round((time.monotonic() - began) / count * (len(todo) - count)))
         for name, error in outcome.items():
-            done.append(name)
             if error is not None:
                 failures[name] = error
             elif discard:
                 RunFolder(base / name).discard()
         _note(base, {name: cells[name] for name in outcome}, outcome, took / len(outcome))
         for name, error in outcome.items():
+            done.append(name)
             said = f": failed: {error}" if error else ""
             console.print(f"  {len(done)}/{len(todo)}  {name}{said}  left {left}", markup=False)
 

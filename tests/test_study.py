@@ -18,8 +18,8 @@ import pytest
 from experiments import claims, guard, runner, study
 from experiments.cli import main
 from experiments.config import compose, sweep
-from experiments.estimate import room
-from experiments.runner import check_config
+from experiments.estimate import _evaluations, room
+from experiments.runner import attack_of, check_config
 from experiments.summary import summarised
 from fedsim.files import read_json, read_table, write_json, write_table
 from fedsim.run import RunFolder, iterate
@@ -70,7 +70,9 @@ def test_a_study_is_run_once_and_a_changed_one_stands_beside_it(tiny, capsys):
     assert main(["study", "tiny", "-o", str(out)]) == 0
     names = ["none_cosine_lbfgs_seed=0", "uniform_levels=16_cosine_lbfgs_seed=0", "uniform_levels=4_cosine_lbfgs_seed=0"]
     assert sorted(path.parent.name for path in out.glob("*/config.json")) == names
-    assert "uniform levels=16" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "uniform levels=16" in said
+    assert re.findall(r"\d/3(?=  \S+_seed=0)", said) == ["1/3", "2/3", "3/3"]
     before = {name: (out / name / "leaks.parquet").stat().st_mtime_ns for name in names}
     (out / names[1] / "leaks.parquet").unlink()
     assert main(["study", "tiny", "-o", str(out)]) == 0
@@ -304,6 +306,21 @@ def test_a_dry_run_says_what_could_not_be_run(setting, told, tiny, capsys):
     said = capsys.readouterr()
     assert said.out == ""
     assert told in said.err
+
+
+def test_the_time_of_an_attack_is_that_of_all_searches_within_it():
+    naive = ["attacker=naive", "attack.evaluations=1000", "attack.restarts=2"]
+    assert _evaluations(compose(["attack=dlg", *naive])) == 2000
+    assert _evaluations(compose(["attack=analytic", "attacker=naive"])) == 0
+    tried = attack_of(compose(["attack=strongest"])).attacks.values()
+    searches = [one for one in (getattr(each, "attack", each) for each in tried) if hasattr(one, "optimizer")]
+    assert len(searches) > 1
+    every = sum(one.optimizer.evaluations * one.restarts for one in searches)
+    assert _evaluations(compose(["attack=strongest", "attacker=naive"])) == every
+    gias = attack_of(compose(["attack=gias"])).matching
+    assert _evaluations(compose(["attack=gias", "attacker=naive"])) == gias.optimizer.evaluations * gias.restarts
+    words = ["setting=text", "attack=dlg_text", "attacker=naive", "attack.iterations=1000", "attack.restarts=1"]
+    assert _evaluations(compose([*words, "attack.told=true"])) * 2 == _evaluations(compose(words)) == 2000
 
 
 def test_a_dry_run_needs_no_data(tiny, capsys, monkeypatch):
