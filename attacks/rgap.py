@@ -62,7 +62,7 @@ class RGAP:
 
     How good it is depends on each layer's rank (see `analyse`) and on how far activations saturate; errors add up over layers.
     Departures: an equation for z counts by the slope of the activation that z was found through, since that is what its error was
-    divided by (a sigmoid LeNet comes back at 90 dB, at 50 dB without); all starts at the head's bias, whatever the classes.
+    divided by (a sigmoid LeNet comes back at 100 dB and more); all starts at the head's bias, whatever the classes.
 
     weights    how much the equations W x = z count beside dL/dW = r x'; each is tried until one explains the gradient
     tolerance  largest relative squared gap between the recomputed gradient and the sent one at which a reconstruction `converged`

@@ -34,8 +34,8 @@ class SPEAR:
     Threat model: sees one client's gradient and the parameters it was computed at, knows the batch size; labels are solved for.
     The model's first layer is linear with a bias and is followed by a ReLU, whatever comes behind.
 
-    Cost doubles with each image of the batch: B - 1 drawn units must all have been off for one image. Batches of 17 take seconds on
-    one core, of 22 half a minute, and more if images are alike, which leaves fewer units to tell them apart. The gradient's
+    Cost doubles with each image of the batch: B - 1 drawn units must all have been off for one image. It is more if images are
+    alike, which leaves fewer units to tell them apart. The gradient's
     precision is no limit: images come back to MSE 1e-16 from float32.
 
     Departures: a draw is the inverse of B rows, whose columns are B candidates at once (each orthogonal to B - 1 of them), where
