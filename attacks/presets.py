@@ -286,8 +286,8 @@ def gias(
     a test split say, of which none is a client's.
 
     Departures: the generator is made of 10,000 public images in seconds or minutes, where the paper's is a GAN trained for days:
-    measured, 128 principal components lie 5 dB nearer to unseen photographs of CIFAR-10 than an autoencoder of as many latents
-    after a CPU minute. Latents are searched by L-BFGS. Weights are left alone unless asked for: a convolutional generator gains by
+    128 principal components lie nearer to unseen photographs of CIFAR-10 than an autoencoder of as many latents that was trained
+    for a CPU minute. Latents are searched by L-BFGS. Weights are left alone unless asked for: a convolutional generator gains by
     it; to a linear one it is a search among pixels, which fits the noise too (`rate` 1e-5 is for the linear, 1e-3 for the other).
     """
     kinds = {"principal": PrincipalComponents, "autoencoder": Autoencoder}

@@ -434,7 +434,7 @@ class SpanCheck:
 
     Limits: the span must not be the whole space. That takes fewer than D - 1 different tokens at places for the first layer, and
     B L < D - 1 for the second (normalised inputs lie in D - 1 dimensions). The search found all sentences of 16 tokens in batches
-    of 2 and 3 at D = 64 and of 4 at D = 128; of batches of 8 it found 6 at D = 192 with 64 starts, and not all at D = 256.
+    of 2 and 3 at D = 64 and of 4 at D = 128.
     Any noise fills the space; a sparse or quantized update does too. Several local steps mix spans of different weights.
 
     Threat model: an honest but curious server, or anyone who reads the wire: it knows the model, the broadcast parameters, and one

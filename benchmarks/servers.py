@@ -15,13 +15,13 @@ Images are of CIFAR-10 under $FEDSIM_DATA, or embedded ones with --data syntheti
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 sys.path.pop(0)  # this script's folder, where `import attacks` would find the benchmark of that name
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import attacks
 from defenses import TopK
@@ -34,6 +34,7 @@ from fedsim.seeding import generator
 from fedsim.training import Batch, local_update, split
 from fedsim.wire import nbytes, pack
 
+State = Mapping[str, Tensor]
 KINDS, MEASUREMENTS = {"relu": "dense", "hardtanh": "sparse"}, ("brightness", "random")
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "LeNet": lenet,
@@ -61,7 +62,7 @@ def batches(data: Dataset, size: int, count: int, stream: str = "victims") -> It
 
 def caught(
     data: Dataset, model: nn.Module, parts: Sequence[Batch], lr: float = 1.0, levels: int = 255
-) -> tuple[Reconstruction, torch.Tensor]:
+) -> tuple[Reconstruction, Tensor]:
     """What the attack reads of an update of a step for each part, and the MSE (N, B) of each image to each true one."""
     params, buffers = split(model)
     images = torch.cat([x for x, _ in parts])
@@ -140,37 +141,37 @@ def findings(data: Dataset) -> None:
     for name in NETWORKS:
         model = network(data, name)
         params, buffers = split(model)
-        steps = 8 if name == "ResNet-18" else 100
+        steps, counts = (8, (4, 4, 2)) if name == "ResNet-18" else (100, (20, 20, 10))
         trained = local_update(model, params, buffers, batches(data, 32, steps, "training"), lr=0.05)
         after = {key: value - trained.update[key] for key, value in params.items()}
-        few = name == "ResNet-18"
-        _row(f"{name}, at init", [(model, params, buffers)], data, few)
-        _row(f"the same, after {steps} steps", [(model, after, {**buffers, **trained.buffers})], data, few)
+        print(_inspected(f"{name}, at init", [(model, params, buffers)], data, counts), flush=True)
+        print(
+            _inspected(f"the same, after {steps} steps", [(model, after, {**buffers, **trained.buffers})], data, counts), flush=True
+        )
     for kind, variant in KINDS.items():
         models = [trapped(data, "CNN of McMahan et al.", bins, kind) for bins in (32, 256, 1024)]
-        _row(f"imprint, {variant}, 32 to 1,024 bins", [(model, *split(model)) for model in models], data, False)
+        what = f"imprint, {variant}, 32 to 1,024 bins"
+        print(_inspected(what, [(model, *split(model)) for model in models], data, (20, 20, 10)), flush=True)
 
 
-def _row(what: str, models: Sequence[tuple[nn.Module, dict, dict]], data: Dataset, few: bool) -> None:
-    limits = Inspection()
-    counts, parallel, dominant, batches_in_all, largest, owned_counts = (4, 4, 2) if few else (20, 20, 10), 0, 0, 0, 0.0, []
+def _inspected(what: str, models: Sequence[tuple[nn.Module, State, State]], data: Dataset, counts: tuple[int, int, int]) -> str:
+    """A row of the table: of each model `counts` batches of 2, 8 and 32 images are looked at."""
+    limits, looked, parallel, dominant, largest = Inspection(), 0, 0, 0, 0.0
+    owned = []
     for size, count in zip((2, 8, 32), counts, strict=True):
-        owned = 0
+        owning = 0
         for model, params, buffers in models:
             rows = max(parallel_rows(model, params).values())
             for images, labels in batches(data, size, count):
                 shown = exposure(model, params, buffers, images, labels).values()
                 dominance, share = max(d for d, _ in shown), max(o for _, o in shown)
+                looked += 1
                 parallel += rows > limits.parallel
                 dominant += dominance > limits.dominance
-                owned += share > limits.owned
+                owning += share > limits.owned
                 largest = max(largest, dominance)
-                batches_in_all += 1
-        owned_counts.append(f"{owned}/{count * len(models)}")
-    print(
-        f"| {what} | {parallel}/{batches_in_all} | {dominant}/{batches_in_all} | {' | '.join(owned_counts)} | {largest:.2g} |",
-        flush=True,
-    )
+        owned.append(f"{owning}/{count * len(models)}")
+    return f"| {what} | {parallel}/{looked} | {dominant}/{looked} | {' | '.join(owned)} | {largest:.2g} |"
 
 
 def cost(data: Dataset) -> None:
