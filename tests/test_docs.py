@@ -77,6 +77,14 @@ def test_following_the_page_adds_it_everywhere(page, tests, choice, kind, line, 
 
 
 @pytest.mark.parametrize(
+    "script",
+    sorted(path.name for path in ROOT.glob("benchmarks/*.py") if not path.name.startswith("peer_")),  # a peer's Python
+)
+def test_a_benchmark_starts_as_it_says(script):
+    assert f"python benchmarks/{script}" in run(ROOT, sys.executable, f"benchmarks/{script}", "--help")
+
+
+@pytest.mark.parametrize(
     ("package", "allowed"),
     [
         ("fedsim", {"fedsim"}),
