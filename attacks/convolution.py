@@ -2,7 +2,7 @@
 
 What a convolution makes of an input x and a weight w, dotted with what flows back b, is linear in each of the three. So each of its
 gradients is a convolution whose gradients are the two others again. PyTorch does not use that for second derivatives, which take it
-longer on a CPU: see `benchmarks/attacks.py twice`.
+longer on a CPU: see `benchmarks/searches.py twice`.
 """
 
 from dataclasses import dataclass

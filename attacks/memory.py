@@ -1,7 +1,7 @@
 """Memory that one evaluation gives back is what the next one takes.
 
 glibc returns large blocks to the operating system at once, which hands each page out again zeroed: up to a quarter of the time that
-one gradient of a gradient takes on ResNet-18, for one image (`benchmarks/attacks.py twice`).
+one gradient of a gradient takes on ResNet-18, for one image (`benchmarks/searches.py twice`).
 """
 
 import ctypes

@@ -28,13 +28,10 @@ Images are of CIFAR-10 under $FEDSIM_DATA, or embedded ones with --data syntheti
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal, cast
-
-sys.path.pop(0)  # this script's folder, where `import attacks` would find the benchmark of that name
 
 import torch
 from torch import Tensor, nn

@@ -9,12 +9,9 @@ loss, never by the truth. Beside it: the two bars that a plain colour does not p
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.pop(0)  # this script's folder, where `import attacks` would find the benchmark of that name
 
 import pandas as pd
 

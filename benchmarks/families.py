@@ -9,13 +9,10 @@ Images are of CIFAR-10 under $FEDSIM_DATA, or embedded ones with --data syntheti
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-
-sys.path.pop(0)  # this script's folder, where `import attacks` would find the benchmark of that name
 
 import torch
 from torch import Tensor, nn

@@ -38,7 +38,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -47,13 +46,9 @@ from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-# Not this script's folder, where `import defenses` finds the benchmark of that name, but the one above; each process comes by here.
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent) if Path(path).resolve() == HERE else path for path in sys.path]
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from fedsim.quiet import quiet  # noqa: E402
+from fedsim.quiet import quiet
 
 quiet()  # before Flower is imported
 

@@ -1,4 +1,4 @@
-"""Inverting Gradients by the `breaching` library, run by `benchmarks/attacks.py breaching` in an environment of its own.
+"""Inverting Gradients by the `breaching` library, run by `benchmarks/searches.py breaching` in an environment of its own.
 
     python peer_breaching.py MODEL FOLDER ITERATIONS
 

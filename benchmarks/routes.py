@@ -6,11 +6,8 @@ The loss is |g(x) - t|^2 for a gradient g by the weights; wanted is its gradient
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
-
-sys.path.pop(0)  # this script's folder, where `import attacks` would find the benchmark of that name
 
 import torch
 import torch.nn.functional as F

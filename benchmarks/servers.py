@@ -13,11 +13,8 @@ Images are of CIFAR-10 under $FEDSIM_DATA, or embedded ones with --data syntheti
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-
-sys.path.pop(0)  # this script's folder, where `import attacks` would find the benchmark of that name
 
 import numpy as np
 import torch

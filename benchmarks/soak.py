@@ -1,7 +1,7 @@
 """What a run of many rounds, or of many clients, takes of the machine: memory, open files and threads, as the run goes.
 
-    python -m benchmarks.soak rounds            500 rounds with 20 taps, read at rounds 50, 100, ..., 500
-    python -m benchmarks.soak clients           100, 1,000 and 10,000 clients, 10 of them a round, with and without a memory
+    python benchmarks/soak.py rounds            500 rounds with 20 taps, read at rounds 50, 100, ..., 500
+    python benchmarks/soak.py clients           100, 1,000 and 10,000 clients, 10 of them a round, with and without a memory
 
 Memory is what the process holds of its own (resident, without what it shares with files), as Linux tells it. Each run is a process
 of its own.

@@ -1,19 +1,16 @@
 """What each defense makes of one client's gradient: bytes, milliseconds, and how wrong it is, in whole and in the first layer.
 
-    python benchmarks/defenses.py             every choice of experiments/conf/defense, and further levels of some
-    python benchmarks/defenses.py topk qsgd   these only
+    python benchmarks/messages.py             every choice of experiments/conf/defense, and further levels of some
+    python benchmarks/messages.py topk qsgd   these only
 
 Images are of CIFAR-10 under $FEDSIM_DATA, or embedded ones with --data synthetic. One thread. Times are the fastest of a few; of a
 defense with a memory, what it sends in its first round.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
-
-sys.path.pop(0)  # this script's folder, where `import defenses` would find this file
 
 import torch
 

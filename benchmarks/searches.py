@@ -1,11 +1,11 @@
 """Attacks per second: fedsim's engine beside one attack at a time, on the same images, networks and starts.
 
-    python benchmarks/attacks.py dlg                 original DLG (torch.optim.LBFGS, 300 outer steps) beside attacks.dlg
-    python benchmarks/attacks.py steps               one step of an attack on three networks: ms, share of matmul peak
-    python benchmarks/attacks.py twice               a large network's gradient of a gradient: PyTorch's own way beside ours
-    python benchmarks/attacks.py threads             the same for one image, by one thread and by all, alone and beside others
-    python benchmarks/attacks.py precision           the same on a GPU under PyTorch's switches for rounding and order
-    python benchmarks/attacks.py breaching --peer PYTHON
+    python benchmarks/searches.py dlg                 original DLG (torch.optim.LBFGS, 300 outer steps) beside attacks.dlg
+    python benchmarks/searches.py steps               one step of an attack on three networks: ms, share of matmul peak
+    python benchmarks/searches.py twice               a large network's gradient of a gradient: PyTorch's own way beside ours
+    python benchmarks/searches.py threads             the same for one image, by one thread and by all, alone and beside others
+    python benchmarks/searches.py precision           the same on a GPU under PyTorch's switches for rounding and order
+    python benchmarks/searches.py breaching --peer PYTHON
                                                      Inverting Gradients of `breaching`, installed elsewhere, beside ours
 
 Images are of CIFAR-10 under $FEDSIM_DATA, or embedded ones with --data synthetic. One thread for everybody, unless there is a GPU.
@@ -25,8 +25,6 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-
-sys.path.pop(0)  # this script's folder, where `import attacks` would find this file
 
 import torch
 from safetensors.torch import load_file, save_file
