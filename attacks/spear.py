@@ -35,8 +35,8 @@ class SPEAR:
     The model's first layer is linear with a bias and is followed by a ReLU, whatever comes behind.
 
     Cost doubles with each image of the batch: B - 1 drawn units must all have been off for one image. It is more if images are
-    alike, which leaves fewer units to tell them apart. The gradient's
-    precision is no limit: images come back to MSE 1e-16 from float32.
+    alike, which leaves fewer units to tell them apart. The gradient's precision is no limit: images come back to MSE 1e-16 from
+    float32.
 
     Departures: a draw is the inverse of B rows, whose columns are B candidates at once (each orthogonal to B - 1 of them), where
     the paper takes one null vector of B - 1 rows; of the candidates, the sparsest basis is chosen. Where the directions are not

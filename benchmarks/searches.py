@@ -6,7 +6,7 @@
     python benchmarks/searches.py threads             the same for one image, by one thread and by all, alone and beside others
     python benchmarks/searches.py precision           the same on a GPU under PyTorch's switches for rounding and order
     python benchmarks/searches.py breaching --peer PYTHON
-                                                     Inverting Gradients of `breaching`, installed elsewhere, beside ours
+                                                      Inverting Gradients of `breaching`, installed elsewhere, beside ours
 
 Images are of CIFAR-10 under $FEDSIM_DATA, or embedded ones with --data synthetic. One thread for everybody, unless there is a GPU.
 """
