@@ -79,6 +79,11 @@ def victims(
     return model, seen, truth, known
 
 
+def lenets(data: Dataset, **settings: Any) -> Callable[[torch.Generator], nn.Module]:
+    """DLG's LeNet for images of `data`, as `victims` draws it."""
+    return lambda rng: lenet(data.image_shape, 10, rng=rng, **settings)
+
+
 def psnr(found: Sequence[Reconstruction], truth: Sequence[Truth]) -> Tensor:
     """(N,) decibels of all images, each batch matched to the truth."""
     scores = []
@@ -112,7 +117,7 @@ def batches(data: Dataset, count: int) -> None:
     updates: tuple[Literal["joint", "round_robin"], ...] = ("joint", "round_robin")
     for update in updates:
         for images in (1, 2, 4, 8):
-            model, seen, truth, known = victims(data, lambda rng: lenet(data.image_shape, 10, rng=rng), count, images)
+            model, seen, truth, known = victims(data, lenets(data), count, images)
             attack = attacks.idlg(evaluations=1000 + 750 * images, tv=1e-3, update=update, record=50)
             found = run(replace(attack, labels="given"), model, seen, known)
             needed = [
@@ -257,7 +262,7 @@ def stages(data: Dataset, count: int) -> None:
 
 def layers(data: Dataset, count: int) -> None:
     """Rank correlation of what is minimised and the image's error, over the run, where the search converged."""
-    model, seen, truth, known = victims(data, lambda rng: lenet(data.image_shape, 10, rng=rng), count)
+    model, seen, truth, known = victims(data, lenets(data), count)
     found = run(attacks.idlg(evaluations=2500, record=25), model, seen, known)
     ranks = [agreement(one.trace, x) for one, (x, _) in zip(found, truth, strict=True) if one.converged and one.trace is not None]
     print(f"  Spearman of loss and MSE on {len(ranks)} converged of {count}: {', '.join(f'{r:.3f}' for r in ranks)}")
@@ -271,7 +276,7 @@ def fedavg(data: Dataset, count: int) -> None:
         "4 images as one batch, 5 epochs, lr 0.1": {"images": 4, "epochs": 5, "lr": 0.1},
         "5 images, batches of 1, 1 epoch, lr 0.02": {"images": 5, "batch": 1, "lr": 0.02},
     }.items():
-        build = lambda rng: lenet(data.image_shape, 10, activation="silu", init=Xavier(), rng=rng)  # noqa: E731
+        build = lenets(data, activation="silu", init=Xavier())
         model, seen, truth, known = victims(data, build, count, **settings)
         attack = attacks.fedavg()
         scores = {
@@ -289,7 +294,7 @@ def fedavg(data: Dataset, count: int) -> None:
 
 def gaps_compared(data: Dataset, count: int) -> None:
     """Success of DLG's search under each gap."""
-    model, seen, truth, known = victims(data, lambda rng: lenet(data.image_shape, 10, rng=rng), count)
+    model, seen, truth, known = victims(data, lenets(data), count)
     for gap in (SquaredGap(), CosineGap(), GaussianGap()):
         attack = replace(attacks.idlg(evaluations=1500), gap=gap, stop=Stop(threshold=1e-7))
         found = run(attack, model, seen, known)
@@ -427,7 +432,7 @@ def resolution(data: Dataset, count: int) -> None:
     for evaluations in (250, 1000):
         for side in (16, 32, 64):
             small = load(data.name, train_size=1000, test_size=10, side=side)
-            model, seen, truth, known = victims(small, lambda rng, shape=small.image_shape: lenet(shape, 10, rng=rng), count)  # type: ignore[misc]
+            model, seen, truth, known = victims(small, lenets(small), count)
             found = run(attacks.idlg(evaluations=evaluations), model, seen, known)
             scores.setdefault(evaluations, []).append(float(psnr(found, truth).mean()))
             print(f"  {evaluations:5d} evaluations, {side} pixels a side: {scores[evaluations][-1]:5.1f} dB", flush=True)
@@ -444,7 +449,7 @@ def gan(data: Dataset, count: int) -> None:
     """DLG's images and the GAN's from the same updates of DLG's LeNet; what the GAN draws of a trained network; labels given."""
     grey = load("synthetic", train_size=10_000, test_size=1000)
     for one in (data, replace(grey, name="synthetic, in grey", train=_grey(grey.train), test=_grey(grey.test))):
-        model, seen, truth, known = victims(one, lambda rng, shape=one.image_shape: lenet(shape, 10, rng=rng), count)  # type: ignore[misc]
+        model, seen, truth, known = victims(one, lenets(one), count)
         images, labels = (torch.cat(parts) for parts in zip(*truth, strict=True))
         stolen = run(replace(attacks.idlg(evaluations=2000, record=25), labels="given"), model, seen, known)
         drawn = attacks.gan(told=True)(seen, known, model, generator(0, "claim"))
@@ -462,11 +467,7 @@ def gan(data: Dataset, count: int) -> None:
         verdict(f"the GAN's median MSE is above 0.2: {theirs.median():.2f}", bool(theirs.median() > 0.2))
 
         statistics = {"mean": one.mean, "std": one.std}
-        model, observed, _, _ = victims(
-            one,
-            lambda rng, shape=one.image_shape, scale=statistics: lenet(shape, 10, rng=rng, **scale),  # type: ignore[misc]
-            count,
-        )
+        model, observed, _, _ = victims(one, lenets(one, **statistics), count)
         drawn = attacks.gan(told=True)(observed, known, model, generator(0, "claim"))
         theirs = metrics.mse(torch.cat([r.images for r in drawn]), images)
         print(f"    of networks that normalise pixels, as a federation's do, the GAN's median MSE is {theirs.median():.3f}")
@@ -507,7 +508,7 @@ def rounds(data: Dataset, count: int) -> None:
     """Gaussian noise of variance 1e-2 on DLG's LeNet, one image a client in all rounds, whose updates are held together."""
     means = []
     for number in (1, 4, 16):
-        model, first, truth, known = victims(data, lambda rng: lenet(data.image_shape, 10, rng=rng), count)
+        model, first, truth, known = victims(data, lenets(data), count)
         defense = GaussianNoise(variance=1e-2)
         seen = []
         for one, batch in zip(first, truth, strict=True):
@@ -541,7 +542,7 @@ def _undone(
 
     number  updates of the same images, by one network
     """
-    build = build or (lambda rng: lenet(data.image_shape, 10, rng=rng))
+    build = build or lenets(data)
     model, first, truth, known = victims(data, build, count, images)
     seen, trained = [], []
     for one, (x, y) in zip(first, truth, strict=True):
@@ -620,7 +621,7 @@ def budget(data: Dataset, count: int) -> None:
     levels = [UniformQuantization(16), StochasticQuantization(40), StochasticQuantization(16)]
     changes = []
     for defense in (*noise, *kept, *levels):
-        model, first, truth, known = victims(data, lambda rng: lenet(data.image_shape, 10, rng=rng), count)
+        model, first, truth, known = victims(data, lenets(data), count)
         sent = [defense(one.packets, {}, generator(0, "defense", one.client))[0] for one in first]  # type: ignore[operator]
         seen = [replace(one, packets=packets, followed=True) for one, packets in zip(first, sent, strict=True)]
         attack = attacks.adapted(attacks.idlg(evaluations=2000, record=999), model, defense)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import attacks
+from attacks import metrics
 from defenses import TopK
 from fedsim import secure_aggregation, servers
 from fedsim.data import Dataset, load
@@ -66,7 +67,7 @@ def caught(
     seen = Observation(params, pack(local_update(model, params, buffers, parts, lr=lr).update), len(images), buffers=buffers)
     known = Knowledge(data.image_shape, data.num_classes, batch_size=len(parts[0][0]), lr=lr, local_steps=len(parts))
     (found,) = attacks.Imprint(levels)([seen], known, model, generator(0, "attack"))
-    return found, torch.stack([(one - images).square().flatten(1).mean(1) for one in found.images])
+    return found, torch.stack([metrics.mse(one.expand_as(images), images) for one in found.images])
 
 
 def alone(size: int, bins: int) -> float:
